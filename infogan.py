@@ -1,0 +1,993 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.10", "torchvision", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# ///
+"""InfoGAN: interpretable representation learning by information maximizing GANs.
+
+Chen, Duan, Houthooft, Schulman, Sutskever, Abbeel 2016, https://arxiv.org/abs/1606.03657
+
+    python infogan.py --epochs 50             # MNIST; scikit-learn's digits where it is out of reach
+    python infogan.py --baseline              # figure 1's lower curve: Q only watches
+    python infogan.py --dataset svhn --categorical 10 10 10 10 --continuous 4 --noise 124
+    python infogan.py --generate runs/.../checkpoint.pt --category 3 --code 1.5 0 --out threes.png
+
+The generator G draws an image from noise z and codes c: categories, and values uniform in (-1, 1).
+A network Q reads the codes back from the image, and G is trained to make that possible. By the
+bound of section 4, with entropies and losses in nats,
+
+    L_I(G, Q) = E[log Q(c | G(z, c))] + H(c)  <=  I(c; G(z, c))
+    min over G and Q, max over D:  V(D, G) - lambda L_I(G, Q)                        (equation 6)
+
+so each code comes to stand for something visible (which digit, its slant, its width) although no
+label is ever shown. Q is D with another last layer (appendix C).
+
+The script measures the claims: L_I beside its ceiling H(c) (figure 1), the test accuracy of Q's
+first category as a classifier (section 7.2: 5 % error), and what each continuous code does to the
+digit (figure 2). Labels are used in that measurement and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
+from sklearn.datasets import load_digits
+from torch import nn
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+SCRIPT = "infogan"
+LOSSES = ("loss_d", "loss_g", "mi_categorical", "mi_continuous")  # what train_step returns
+MEASURED = ("accuracy",)  # what evaluate adds to the rows of metrics.csv
+
+
+def arguments():
+    """The paper's settings as flags, beside those that every script has."""
+    parser = run_arguments("InfoGAN (Chen et al. 2016): a GAN whose codes come to mean something.")
+    add = parser.add_argument_group("InfoGAN").add_argument
+    add("--categorical", type=at_least(2), nargs="*", default=[10], metavar="K", help="sizes (10)")
+    add("--continuous", type=at_least(0), default=2, help="number of continuous codes (2)")
+    add("--noise", type=at_least(0), default=62, help="number of noise values (62)")
+    add("--lambda-categorical", type=at_least(0, float), default=1.0, help="weight of L_I (1)")
+    add("--lambda-continuous", type=at_least(0, float), default=0.1, help="weight of L_I (0.1)")
+    add("--unit-variance", action="store_true", help="Q's Gaussians have variance 1, not learned")
+    add("--baseline", action="store_true", help="train an ordinary GAN, whose Q only watches")
+    add("--shift", type=at_least(0, float), default=2.0, help="augmentation, in pixels (2)")
+    add("--rotate", type=at_least(0, float), default=9.0, help="augmentation, in degrees (9)")
+    add("--lr-d", type=at_least(0, float), default=2e-4, help="learning rate of D and Q (2e-4)")
+    add("--lr-g", type=at_least(0, float), default=1e-3, help="learning rate of G (1e-3)")
+    add("--category", type=at_least(0), nargs="+", help="with --generate: the categorical codes")
+    add(
+        "--code",
+        type=at_least(-math.inf, float),
+        nargs="+",
+        help="with --generate: the continuous codes, -2 to 2",
+    )
+    return parser
+
+
+# ------------------------------------------------------------------ networks (appendix C)
+@dataclass(frozen=True)
+class Latent:
+    """What G draws an image from: incompressible noise z and the codes c (section 5)."""
+
+    noise: int
+    categorical: tuple[int, ...]
+    continuous: int
+
+    def sample(self, n, device, rng=None):
+        """noise (n, noise), category int64 (n, len(categorical)), code (n, continuous)."""
+        noise = torch.randn(n, self.noise, device=device, generator=rng)
+        category = torch.empty(n, len(self.categorical), dtype=torch.int64, device=device)
+        for i, k in enumerate(self.categorical):
+            category[:, i].random_(k, generator=rng)
+        code = torch.rand(n, self.continuous, device=device, generator=rng) * 2 - 1
+        return noise, category, code
+
+    def entropy(self):
+        """H(c) in nats of the categorical codes and, differential, of the continuous ones."""
+        return sum(math.log(k) for k in self.categorical), self.continuous * math.log(2)
+
+
+def down(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
+
+
+def up(inputs, outputs):
+    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    """G(z, c) of table 1 (C.1, 28x28 grey) or table 2 (C.2, 32x32 colour); images in (-1, 1)."""
+
+    def __init__(self, latent, channels):
+        super().__init__()
+        self.latent = latent
+        inputs = latent.noise + sum(latent.categorical) + latent.continuous
+        if channels == 1:
+            layers = [
+                nn.Linear(inputs, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                nn.Linear(1024, 6272), nn.BatchNorm1d(6272), nn.ReLU(inplace=True), nn.Unflatten(1, (128, 7, 7)),
+                up(128, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                up(64, 1), nn.Tanh(),
+            ]  # fmt: skip
+        else:
+            layers = [
+                nn.Linear(inputs, 1792), nn.BatchNorm1d(1792), nn.ReLU(inplace=True), nn.Unflatten(1, (448, 2, 2)),
+                up(448, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
+                up(256, 128), nn.ReLU(inplace=True),
+                up(128, 64), nn.ReLU(inplace=True),
+                up(64, 3), nn.Tanh(),
+            ]  # fmt: skip
+        self.layers = nn.Sequential(*layers).apply(initialise)
+
+    def forward(self, noise, category, code):
+        one_hot = [F.one_hot(c, k) for c, k in zip(category.unbind(1), self.latent.categorical)]
+        return self.layers(torch.cat([noise, *one_hot, code], dim=1))
+
+
+class Discriminator(nn.Module):
+    """D and Q of the same tables: a shared trunk, then `score` is D's last layer and `q` is Q's."""
+
+    def __init__(self, latent, channels, unit_variance=False):
+        super().__init__()
+        if channels == 1:
+            features, layers = 1024, [
+                down(1, 64), nn.LeakyReLU(0.1, inplace=True),
+                down(64, 128), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True), nn.Flatten(),
+                nn.Linear(6272, 1024), nn.BatchNorm1d(1024), nn.LeakyReLU(0.1, inplace=True),
+            ]  # fmt: skip
+        else:
+            features, layers = 4096, [
+                down(3, 64), nn.LeakyReLU(0.1, inplace=True),
+                down(64, 128), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
+                down(128, 256), nn.BatchNorm2d(256), nn.LeakyReLU(0.1, inplace=True), nn.Flatten(),
+            ]  # fmt: skip
+        outputs = sum(latent.categorical) + latent.continuous * (1 if unit_variance else 2)
+        self.trunk = nn.ModuleList(layers)
+        self.score = nn.Linear(features, 1)
+        self.q = nn.Sequential(
+            nn.Linear(features, 128),
+            nn.BatchNorm1d(128),
+            nn.LeakyReLU(0.1, inplace=True),
+            nn.Linear(128, outputs),
+        )
+        self.apply(initialise)
+
+    def forward(self, *batches):
+        """Features for `score` and `q`: of several batches at once, each normalised by itself.
+
+        One pass costs less than the authors' two (real, generated) and computes the same.
+        """
+        x, sizes = torch.cat(batches), [len(batch) for batch in batches]
+        for layer in self.trunk:
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                x = torch.cat([layer(part) for part in x.split(sizes)])
+            else:
+                x = layer(x)
+        return x
+
+
+def initialise(module):
+    """The authors' initial weights: N(0, 0.02), in D's convolutions cut at two deviations."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    elif isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, 1, 0.02)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------ losses and the training step
+def info_loss_reference(q, category, code, sizes):
+    """-log Q(c | x) of the true codes; H(c) minus this is the bound L_I (section 4).
+
+    q is Q's flat output [logits of each categorical code | mean | log_var], float of shape
+    (batch, sum(sizes) + 2 n), or (batch, sum(sizes) + n) for unit variance; category is int64
+    (batch, len(sizes)); code is float (batch, n). Returns two means over the batch in nats,
+    (categorical_nll, continuous_nll), each summed over its codes.
+    """
+    n = code.shape[1]
+    logits, mean, log_var = q.split([sum(sizes), n, q.shape[1] - sum(sizes) - n], dim=1)
+    codes = zip(logits.split(list(sizes), dim=1), category.unbind(1))
+    categorical_nll = sum((F.cross_entropy(part, c) for part, c in codes), q.new_zeros(()))
+    if log_var.shape[1] == 0:
+        log_var = torch.zeros_like(mean)
+    nll = 0.5 * (math.log(2 * math.pi) + log_var + (code - mean) ** 2 * torch.exp(-log_var))
+    return categorical_nll, nll.sum(dim=1).mean()
+
+
+class Model:
+    """Both networks and their optimisers; `parts` is what a checkpoint keeps."""
+
+    def __init__(self, args, channels, device):
+        self.args, self.images_per_step = args, args.batch_size
+        self.latent = latent_of(args)
+        self.generator = Generator(self.latent, channels)
+        self.discriminator = Discriminator(self.latent, channels, args.unit_variance)
+        for network in (self.generator, self.discriminator):
+            network.to(device, memory_format=torch.channels_last)
+        adam = {"betas": (0.5, 0.999), "fused": True}
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), args.lr_g, **adam)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), args.lr_d, **adam)
+        names = ("generator", "discriminator", "optimizer_g", "optimizer_d")
+        self.parts = {name: getattr(self, name) for name in names}
+        self.info_loss, self.kernels = choose_kernel(args.kernels, "info_loss", info_loss_reference)
+
+
+def latent_of(args):
+    return Latent(args.noise, tuple(args.categorical), args.continuous)
+
+
+def train_step(model, data, index):
+    """One update of D and Q, then one of G, on the images data.train[index]; never synchronises.
+
+    Returns the LOSSES as one tensor, in nats: those of the GAN without L_I, and L_I itself.
+    """
+    g, d, latent, args = model.generator, model.discriminator, model.latent, model.args
+    real = normalise(data.train[index])
+    noise, category, code = latent.sample(len(real), real.device)
+    fake = g(noise, category, code)  # one pass of G serves both updates
+
+    features = d(augment(real, args), augment(fake.detach(), args))
+    score_real, score_fake = d.score(features).chunk(2)
+    loss_d = F.softplus(-score_real).mean() + F.softplus(score_fake).mean()
+    features = features[len(real) :]
+    q = d.q(features.detach() if args.baseline else features)
+    nll = model.info_loss(q, category, code, latent.categorical)
+    mi = [entropy - part for entropy, part in zip(latent.entropy(), nll)]
+    model.optimizer_d.zero_grad()
+    # L_I is in D's loss too, so that the shared trunk learns to tell the codes apart
+    (loss_d - args.lambda_categorical * mi[0] - args.lambda_continuous * mi[1]).backward()
+    model.optimizer_d.step()
+
+    features = d(augment(fake, args))
+    loss_g = objective = F.softplus(-d.score(features)).mean()
+    if not args.baseline:
+        nll = model.info_loss(d.q(features), category, code, latent.categorical)
+        objective = loss_g + args.lambda_categorical * nll[0] + args.lambda_continuous * nll[1]
+    model.optimizer_g.zero_grad()
+    objective.backward(inputs=list(g.parameters()))  # no gradient for D's weights
+    model.optimizer_g.step()
+    return torch.stack([loss_d, loss_g, *mi]).detach()
+
+
+def normalise(images):
+    """uint8 images as float32 in (-1, 1), in the memory order that convolutions like best."""
+    return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def augment(images, args):
+    """Each image moved by up to args.shift pixels and turned by up to args.rotate degrees.
+
+    D and Q see real and generated images so, and G learns through it (Zhao et al. 2020).
+    """
+    if not (args.shift or args.rotate):
+        return images
+    n, _, _, size = images.shape
+    draws = torch.rand(3, n, device=images.device) * 2 - 1
+    angle, (x, y) = draws[0] * math.radians(args.rotate), draws[1:] * args.shift * 2 / size
+    cos, sin = angle.cos(), angle.sin()
+    affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(n, 2, 3)
+    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+# ------------------------------------------------------------------ sampling
+@torch.no_grad()
+def sample(generator, n, category=None, code=None, seed=0):
+    """n images (n, channels, size, size) in [0, 1] from a generator in evaluation mode.
+
+    category holds a value for each categorical code, code one for each continuous code; what is
+    not given is drawn.
+    """
+    noise, c, k = generator.latent.sample(n, *device_and_rng(generator, seed))
+    c = c if category is None else torch.tensor(category, device=c.device).expand_as(c)
+    k = k if code is None else torch.tensor(code, device=k.device, dtype=k.dtype).expand_as(k)
+    return generator(noise, c, k) / 2 + 0.5
+
+
+@torch.no_grad()
+def sweep(generator, kind, i, values, rows=10, seed=1):
+    """Images (rows, len(values), channels, size, size): rows of fixed noise, code i swept.
+
+    kind is "categorical" or "continuous". Row r has category r of the first code (modulo its
+    size), so that ten rows show ten categories.
+    """
+    noise, category, code = generator.latent.sample(rows, *device_and_rng(generator, seed))
+    for first in category.unbind(1)[:1]:
+        first.copy_(torch.arange(rows) % generator.latent.categorical[0])
+    columns = []
+    for value in values:
+        (category if kind == "categorical" else code)[:, i] = value
+        columns.append(generator(noise, category, code) / 2 + 0.5)
+    return torch.stack(columns, dim=1)
+
+
+def device_and_rng(network, seed):
+    """The network's device and a random stream there that leaves the training's own alone."""
+    device = next(network.parameters()).device
+    return device, torch.Generator(device).manual_seed(seed)
+
+
+def load_generator(path, device="cpu"):
+    """The trained generator of a checkpoint, for `sample(load_generator(path), 64)`."""
+    state = load_checkpoint(path)
+    generator = Generator(latent_of(argparse.Namespace(**state["config"])), state["channels"])
+    generator.load_state_dict(state["generator"])
+    return generator.eval().requires_grad_(False).to(device)
+
+
+def generate(args):
+    """--generate: a grid of a hundred images with the codes asked for."""
+    generator = load_generator(args.generate, choose_device(args.device))
+    sizes, continuous = generator.latent.categorical, generator.latent.continuous
+    if args.category and len(args.category) != len(sizes):
+        raise UsageError(f"--category: this checkpoint has {len(sizes)} categorical codes")
+    if any(value >= k for value, k in zip(args.category or (), sizes)):
+        raise UsageError(
+            f"--category {args.category}: the codes have {list(sizes)} categories, from 0"
+        )
+    if args.code and len(args.code) != continuous:
+        raise UsageError(f"--code: this checkpoint has {continuous} continuous codes")
+    images = sample(generator, 100, args.category, args.code, args.seed)
+    save_image(images, args.out or "grid.png", nrow=10)
+
+
+def save_samples(model, path):
+    """Ten rows of fixed noise; the columns are the categories of the first code, where there is one."""
+    generator, sizes = model.generator.eval(), model.latent.categorical
+    if sizes:
+        images = sweep(generator, "categorical", 0, range(sizes[0])).flatten(0, 1)
+    else:
+        images = sample(generator, 100)
+    save_image(images, path, nrow=sizes[0] if sizes else 10)
+
+
+def save_codes(model, path, effects):
+    """Figure 2: a panel for each code, rows of fixed noise, columns the code swept."""
+    panels = [
+        ("categorical", i, range(k), f"c{i + 1}: category 0 to {k - 1}")
+        for i, k in enumerate(model.latent.categorical)
+    ]
+    values = torch.linspace(-2, 2, 10).tolist()
+    for i, effect in enumerate(effects):
+        rho = ", ".join(f"{name} {value:+.2f}" for name, value in effect.items())
+        title = f"c{len(model.latent.categorical) + i + 1}: code -2 to 2 (rho: {rho})"
+        panels.append(("continuous", i, values, title))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5 * columns, 5.2 * rows), layout="constrained")
+    for place, (kind, i, values, title) in enumerate(panels, start=1):
+        images = sweep(model.generator.eval(), kind, i, values).flatten(0, 1)
+        axis = figure.add_subplot(rows, columns, place, title=title)
+        axis.title.set_fontsize(9)
+        axis.axis("off")
+        axis.imshow(make_grid(images, nrow=len(values), padding=1).permute(1, 2, 0).cpu())
+    figure.savefig(path, dpi=150)
+
+
+def save_curves(model, path, rows):
+    """Figure 1: L_I of the categorical codes against updates, with its ceiling; and the losses."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, ceiling = [row["step"] for row in rows], model.latent.entropy()[0]
+    left.plot(steps, [row["mi_categorical"] for row in rows], label="$L_I$, categorical")
+    left.axhline(ceiling, color="grey", linestyle="--", label=f"$H(c)$ = {ceiling:.3f}")
+    for name in ("loss_d", "loss_g"):
+        right.plot(steps, [row[name] for row in rows], label=name)
+    for axis in (left, right):
+        axis.set(xlabel="update", ylabel="nats")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------ evaluation (section 7)
+@torch.no_grad()
+def evaluate(model, data):
+    """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category."""
+    g, d, latent = model.generator.eval(), model.discriminator.eval(), model.latent
+    noise, category, code = latent.sample(2000, *device_and_rng(g, 2))
+    batches = zip(noise.split(500), category.split(500), code.split(500))
+    q = torch.cat([d.q(d(g(*batch))) for batch in batches])
+    nll = torch.stack(info_loss_reference(q, category, code, latent.categorical)).tolist()
+    accuracy = None
+    if latent.categorical[:1] == (len(data.classes),):
+        logits = torch.cat([d.q(d(normalise(images))) for images in data.test.split(500)])
+        category = logits[:, : latent.categorical[0]].argmax(dim=1)
+        accuracy = matched_accuracy(category, data.test_labels, latent.categorical[0])
+    g.train(), d.train()
+    entropy = latent.entropy()
+    # with variance 1 the best Q still pays log(2 pi) / 2 a code
+    ceiling = entropy[1] - latent.continuous * 0.5 * math.log(2 * math.pi)
+    return {
+        "mi_categorical": entropy[0] - nll[0],
+        "mi_categorical_max": entropy[0],
+        "mi_continuous": entropy[1] - nll[1],
+        "mi_continuous_max": ceiling if model.args.unit_variance else None,
+        "accuracy": accuracy,
+    }
+
+
+def matched_accuracy(category, label, k):
+    """Share of images whose category is their label, under the best one-to-one matching."""
+    counts = torch.bincount(category * k + label, minlength=k * k).view(k, k).cpu().numpy()
+    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / counts.sum())
+
+
+def code_effects(generator, rows=100, points=21):
+    """What each continuous code does: Spearman's rho of the code, swept from -2 to 2, with the
+    slant, width and stroke thickness of the digit, within each row of `sweep` and then averaged."""
+    effects = []
+    for i in range(generator.latent.continuous):
+        values = torch.linspace(-2, 2, points).tolist()
+        images = sweep(generator, "continuous", i, values, rows).flatten(0, 1)
+        shapes = digit_shape(images).items()
+        effects.append({name: mean_rho(value.view(rows, points)) for name, value in shapes})
+    return effects
+
+
+def digit_shape(images):
+    """Slant, width and thickness (n,) of images (n, channels, size, size), from moments of the ink.
+
+    Slant is the shear m_xy / m_yy, positive when the foot lies to the right; width the spread in x
+    once the slant is taken out; thickness the ink over the linear size of the digit, in pixels.
+    """
+    ink = images.double().mean(dim=1)
+    mass = ink.sum(dim=(1, 2)).clamp_min(1e-9)
+    at = torch.arange(ink.shape[-1], device=ink.device, dtype=ink.dtype)
+    x = at - (ink.sum(dim=1) @ at / mass)[:, None]
+    y = at - (ink.sum(dim=2) @ at / mass)[:, None]
+    m_xx, m_yy, m_xy = (
+        torch.einsum("nyx,n" + a + ",n" + b + "->n", ink, u, v) / mass
+        for a, u, b, v in (("x", x, "x", x), ("y", y, "y", y), ("y", y, "x", x))
+    )
+    m_yy = m_yy.clamp_min(1e-9)
+    upright = (m_xx - m_xy**2 / m_yy).clamp_min(1e-9)
+    thickness = mass / (upright * m_yy) ** 0.25
+    return {"slant": m_xy / m_yy, "width": upright.sqrt(), "thickness": thickness}
+
+
+def mean_rho(values):
+    """Spearman's rho between each row of values (rows, points) and its index, averaged."""
+    ranks = rankdata(values.cpu().numpy(), axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    index = np.arange(ranks.shape[1]) - (ranks.shape[1] - 1) / 2
+    norm = np.sqrt((ranks**2).sum(axis=1) * (index**2).sum())
+    return float(np.mean(ranks @ index / np.maximum(norm, 1e-9)))
+
+
+def finish(model, data, folder, rows):
+    """The pictures of a finished run, and what its summary.json adds."""
+    effects = code_effects(model.generator.eval())
+    save_codes(model, folder / "codes.png", effects)
+    save_curves(model, folder / "curves.png", rows)
+    return evaluate(model, data) | {"codes": effects}
+
+
+# ================================================================== plumbing
+# --- shared: arguments ---
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+class UsageError(ValueError):
+    """A mistake the user can mend: main ends with this line and exit code 2."""
+
+
+def one_line(message):
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+def at_least(low, kind=int, high=math.inf):
+    """An argparse type: a finite number from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number in [{low}, {high}]")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def run_arguments(description, image_sizes=(28, 32)):
+    """A parser with the flags that every script has."""
+    parser = Parser(prog=SCRIPT, description=description)
+    add = parser.add_argument
+    names = ("auto", *TORCHVISION_SETS, "digits", "folder")
+    add(
+        "--dataset",
+        choices=names,
+        default="auto",
+        help="auto: MNIST, or digits where there is none",
+    )
+    add("--data-dir", default="data", help="where data sets are kept; for folder: the images")
+    add("--image-size", type=int, choices=image_sizes, help="for --dataset folder (32)")
+    add("--epochs", type=at_least(1), default=50, help="passes over the training images (50)")
+    add("--batch-size", type=at_least(2), default=128, help="(128)")
+    add("--max-steps", type=at_least(1), metavar="N", help="end the run after N updates")
+    add("--log-every", type=at_least(1), default=100, metavar="N", help="updates a log line (100)")
+    add("--seed", type=at_least(0, high=2**32 - 1), default=0, help="(0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--kernels", choices=("auto", "fused", "reference"), default="auto",
+        help="gan_kernels or plain PyTorch (auto: gan_kernels where it is installed)")  # fmt: skip
+    add("--out", help="the run's folder (runs/<script>-<dataset>-<time>), or --generate's picture")
+    add("--resume", metavar="CHECKPOINT", help="go on with a run, in its own folder")
+    add("--generate", metavar="CHECKPOINT", help="draw images from a trained generator")
+    return parser
+
+
+def read_arguments(parser, argv):
+    """The arguments and, under --resume, the checkpoint, whose own arguments then hold."""
+    args, absent = parser.parse_args(argv), object()
+    if args.resume is None:
+        return args, None
+    state, folder = load_checkpoint(args.resume), Path(args.resume).parent
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    given = {name: value for name, value in vars(given).items() if value is not absent}
+    if Path(given.pop("out", folder)).resolve() != folder.resolve():
+        raise UsageError(f"--out: a run is resumed in its own folder, {folder}; leave the flag out")
+    free = ("resume", "epochs", "max_steps", "device")
+    for name, value in given.items():
+        if name not in free and value != state["config"].get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} {value}: the checkpoint has {state['config'].get(name)}; leave it out"
+            )
+    merged = vars(args) | state["config"] | given | {"out": str(folder)}
+    return argparse.Namespace(**merged), state
+
+
+def choose_device(name):
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def choose_kernel(choice, name, reference):
+    """The operation `name` of gan_kernels, or its reference; and which: "fused" or "reference"."""
+    installed = importlib.util.find_spec("gan_kernels") is not None
+    if choice == "fused" and not installed:
+        raise UsageError(
+            "--kernels fused: gan_kernels is not installed; pip install . in its repository"
+        )
+    if choice != "reference" and installed:
+        try:
+            return getattr(importlib.import_module("gan_kernels"), name), "fused"
+        except Exception as error:  # whatever a broken extension raises must be said
+            problem = f"gan_kernels is installed but does not load: {one_line(error)}"
+        if choice == "fused":
+            raise UsageError(problem) from problem
+        print(f"{SCRIPT}: {problem}; using plain PyTorch", file=sys.stderr)
+    return reference, "reference"
+
+
+# --- end shared ---
+
+
+# --- shared: data ---
+TORCHVISION_SETS = {
+    "mnist": datasets.MNIST,
+    "fashion-mnist": datasets.FashionMNIST,
+    "svhn": datasets.SVHN,
+    "cifar10": datasets.CIFAR10,
+}
+
+
+@dataclass
+class Data:
+    """A data set on the training device: uint8 images (n, channels, size, size), int64 labels."""
+
+    name: str
+    classes: list[str]
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+
+
+class Unavailable(Exception):
+    """A data set that is not on disk and can not be downloaded."""
+
+
+def load_data(args, device):
+    name, folder = args.dataset, Path(args.data_dir)
+    try:
+        if name in ("auto", *TORCHVISION_SETS):
+            parts = torchvision_set("mnist" if name == "auto" else name, folder)
+        else:
+            parts = digits_set() if name == "digits" else folder_set(folder, args.image_size or 32)
+    except Unavailable as problem:
+        if name != "auto":
+            raise UsageError(problem) from problem
+        print(f"{SCRIPT}: {problem}. Training on scikit-learn's digits instead; for MNIST, put its "
+              f"files in {folder / 'MNIST/raw'} or run where it can be downloaded.")  # fmt: skip
+        name, parts = "digits", digits_set()
+    name = "mnist" if name == "auto" else name
+    classes, *tensors = parts
+    if args.image_size not in (None, tensors[0].shape[-1]):
+        raise UsageError(
+            f"--image-size {args.image_size}: the images of {name} have their own size"
+        )
+    if args.batch_size > len(tensors[0]):
+        raise UsageError(
+            f"--batch-size {args.batch_size}: {name} has only {len(tensors[0])} training images"
+        )
+    return Data(name, classes, *(tensor.to(device) for tensor in tensors))
+
+
+def torchvision_set(name, folder):
+    """One of torchvision's sets, downloaded where it is not there yet."""
+    kind, tensors = TORCHVISION_SETS[name], []
+    splits = ("split", "train", "test") if name == "svhn" else ("train", True, False)
+
+    def read(download):
+        return [kind(folder, download=download, **{splits[0]: part}) for part in splits[1:]]
+
+    try:
+        parts = read(download=False)
+    except Exception as error:  # torchvision has no error of its own for a damaged file
+        if "not found" not in str(error):
+            problem = (
+                f"can not read {name} in {folder} ({one_line(error)}); delete its damaged files"
+            )
+            raise UsageError(problem) from error
+        parts = download_set(kind, name, folder, lambda: read(download=True))
+    for part in parts:
+        images = torch.as_tensor(part.data)
+        images = images[:, None] if images.ndim == 3 else images
+        images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
+        labels = torch.as_tensor(part.labels if name == "svhn" else part.targets).long()
+        if len(images) != len(labels):
+            raise UsageError(
+                f"{name} in {folder} has {len(images)} images but {len(labels)} labels"
+            )
+        tensors += images.contiguous(), labels
+    return getattr(kind, "classes", [str(digit) for digit in range(10)]), *tensors
+
+
+def download_set(kind, name, folder, download):
+    """Downloads, but notices a missing network within ten seconds."""
+    home = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--data-dir {folder}: {name} is not there and {home} is not a writable folder"
+        )
+    if name == "svhn":
+        urls = [kind.split_list["train"][0]]
+    else:
+        urls = [m + kind.resources[0][0] for m in getattr(kind, "mirrors", ())] or [kind.url]
+    problem = ["no answer"]
+
+    def ask():
+        for url in urls:
+            try:
+                request = urllib.request.Request(url, method="HEAD")
+                urllib.request.urlopen(request, timeout=8 / len(urls)).close()
+                return problem.clear()
+            except Exception as error:  # every failure means the same here
+                problem[0] = one_line(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server can hang without a limit
+    thread.start()
+    thread.join(timeout=9)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        if problem:
+            raise ConnectionError(problem[0])
+        return download()
+    except (OSError, RuntimeError) as error:
+        reason = f"{name} is not in {folder} and can not be downloaded ({one_line(error)})"
+        raise Unavailable(reason) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def digits_set():
+    """scikit-learn's 1,797 real handwritten digits, enlarged from 8x8 to 28x28."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * 255 / 16
+    images = F.interpolate(images, size=28, mode="bicubic").round().clamp(0, 255).byte()
+    return [str(digit) for digit in range(10)], *hold_out(images, torch.tensor(digits.target))
+
+
+def folder_set(folder, size):
+    """All images below a folder, cropped square and resized; its sub-folders are the classes."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if len(paths) < 3:
+        raise UsageError(
+            f"--data-dir {folder}: a folder of images is needed, and this holds {len(paths)}"
+        )
+    names = [str(path.relative_to(folder).parts[:-1][:1]) for path in paths]
+    images = []
+    for path in tqdm(paths, desc="reading images", disable=None):
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            raise UsageError(f"can not read {path} ({one_line(error)}); delete it") from error
+        images.append(torch.tensor(np.asarray(image)).view(size, size, -1).permute(2, 0, 1))
+    classes = sorted(set(names))
+    labels = torch.tensor([classes.index(name) for name in names])
+    return classes, *hold_out(torch.stack(images), labels)
+
+
+def hold_out(images, labels):
+    """Training images and labels, test images and labels: every fifth image is held out."""
+    test = torch.arange(len(images)) % 5 == 2
+    return images[~test], labels[~test], images[test], labels[test]
+
+
+# --- end shared ---
+
+
+# --- shared: run folder ---
+PROGRESS = ("step", "count", "seconds", "training_seconds", "sums", "metrics_size")
+
+
+class Stopped(Exception):
+    """The run was asked to end by a signal, whose number this carries."""
+
+
+class Run:
+    """A run in progress: its model, its data, its folder and how far it has come."""
+
+    def __init__(self, args, state=None):
+        self.args, self.device = args, choose_device(args.device)
+        self.data = load_data(args, self.device)
+        torch.manual_seed(args.seed)
+        self.model = Model(args, self.data.train.shape[1], self.device)
+        self.epoch_steps = len(self.data.train) // self.model.images_per_step
+        self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
+        self.step = self.count = 0  # updates in all, and since the last row of metrics.csv
+        self.seconds = self.training_seconds = 0.0
+        self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since that row
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.folder = create_run(args, self.data.name) if state is None else Path(args.out)
+        self.metrics_size = (self.folder / "metrics.csv").stat().st_size
+        if state is not None:
+            self.restore(state)
+
+    def train(self):
+        """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and stop."""
+        if self.step >= self.total and (self.folder / "summary.json").exists():
+            print(f"{SCRIPT}: {self.folder} is finished; --epochs or --max-steps extends it")
+            return
+        print(f"{SCRIPT}: {self.data.name}, {len(self.data.train):,} images, {self.device}, "
+              f"{self.model.kernels} kernels, {self.folder}", flush=True)  # fmt: skip
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        os.truncate(self.folder / "metrics.csv", self.metrics_size)
+        caught, order, size = [], None, self.model.images_per_step
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
+        self.clock = time.perf_counter()
+        self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=None)
+        try:
+            if self.count and self.step % self.args.log_every == 0:
+                self.log()  # the end of a run that is now extended left this row out
+            while self.step < self.total and not caught:
+                epoch, at = divmod(self.step, self.epoch_steps)
+                if at == 0 or order is None:
+                    order = self.shuffled(epoch)
+                losses = train_step(self.model, self.data, order[at * size : (at + 1) * size])
+                self.step, self.count = self.step + 1, self.count + 1
+                self.sums += losses
+                bad = (self.bad_step == 0) & ~losses.isfinite().all()
+                self.bad_step = torch.where(bad, self.step, self.bad_step)
+                self.bar.update()
+                if self.step % self.epoch_steps == 0:
+                    self.measure()
+                    self.save()
+                elif self.step % self.args.log_every == 0 and self.step < self.total:
+                    self.log()
+            if self.step % self.epoch_steps:
+                self.save()
+            if caught:
+                raise Stopped(caught[0])
+            self.finish()
+        finally:
+            self.bar.close()
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
+
+    def shuffled(self, epoch):
+        """A permutation of the training images that depends on the seed and the epoch alone."""
+        rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
+        return torch.randperm(len(self.data.train), generator=rng).to(self.device)
+
+    def tick(self, training=False):
+        """Adds the time since the last tick to the run's and, if it was spent so, to training's."""
+        elapsed = time.perf_counter() - self.clock
+        self.clock += elapsed
+        self.seconds += elapsed
+        self.training_seconds += elapsed if training else 0.0
+
+    def log(self, measured=None):
+        """A row of metrics.csv: the mean losses since the last row, and what was measured now."""
+        means = (self.sums / max(self.count, 1)).tolist()
+        self.check()
+        self.tick(training=measured is None)
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        measured, epoch = measured or {}, -(-self.step // self.epoch_steps)
+        extra = [measured.get(name) for name in MEASURED]
+        append_row(self.folder, [self.step, epoch, self.seconds, *means, *extra])
+        shown = dict(zip(LOSSES, means)) | measured
+        shown = {name: f"{v:.3f}" for name, v in shown.items() if isinstance(v, float)}
+        self.bar.set_postfix(shown)
+        if measured or self.bar.disable:
+            rate = self.step * self.model.images_per_step / self.training_seconds
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.bar.write(f"update {self.step}/{self.total}: {text}, {rate:.0f} images/s")
+            sys.stdout.flush()
+
+    def measure(self):
+        """Runs the script's own measurements, logs them and leaves a picture."""
+        self.check()
+        self.tick(training=True)
+        measured = evaluate(self.model, self.data)
+        self.log(measured)
+        save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
+        self.tick()
+
+    def check(self):
+        """Ends a run whose losses have gone bad; reads the device, so only at rows and saves."""
+        step = self.bad_step.item()
+        if step:
+            raise UsageError(
+                f"a loss is nan or infinite at update {step}; lower the learning rates. "
+                f"The last good state, if one was saved, is {self.folder / 'checkpoint.pt'}"
+            )
+
+    def save(self):
+        """Writes all that the run needs to go on as if it had never stopped."""
+        self.check()
+        self.tick(training=True)
+        self.metrics_size = (self.folder / "metrics.csv").stat().st_size
+        state = {name: part.state_dict() for name, part in self.model.parts.items()}
+        state |= {name: getattr(self, name) for name in PROGRESS}
+        state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
+        state |= {"channels": self.data.train.shape[1], "rng": {"cpu": torch.get_rng_state()}}
+        if self.device.type == "cuda":
+            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
+        self.tick()
+
+    def restore(self, state):
+        for name, part in self.model.parts.items():
+            part.load_state_dict(state[name])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self.sums = self.sums.to(self.device)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+    def finish(self):
+        """The closing row, the pictures and summary.json."""
+        if self.step % self.epoch_steps:
+            self.measure()
+        on_cuda = self.device.type == "cuda"
+        summary = {
+            "script": SCRIPT,
+            "dataset": self.data.name,
+            "seed": self.args.seed,
+            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
+            "kernels": self.model.kernels,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "images_per_second": self.step * self.model.images_per_step / self.training_seconds,
+        }
+        summary |= finish(self.model, self.data, self.folder, read_rows(self.folder))
+        write_file(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+        print(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
+
+
+def create_run(args, dataset):
+    """A new run folder with config.json and the head of metrics.csv."""
+    folder = Path(args.out or f"runs/{SCRIPT}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
+        raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
+    append_row(folder, ["step", "epoch", "seconds", *LOSSES, *MEASURED])
+    return folder
+
+
+def write_file(path, content):
+    """Writes bytes under a temporary name and renames it: the file is the old or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_row(folder, values):
+    row = [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+    with open(folder / "metrics.csv", "a", newline="") as file:
+        csv.writer(file).writerow(row)
+
+
+def read_rows(folder):
+    """The rows of metrics.csv as dictionaries of floats, None where a field is empty."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [
+            {k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def load_checkpoint(path):
+    """A checkpoint of this script, on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
+    if script != SCRIPT:
+        raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
+    return state
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends in one line on stderr and exit code 2."""
+    try:
+        args, state = read_arguments(arguments(), argv)
+        if args.generate:
+            return generate(args)
+        run = Run(args, state)
+        run.train()
+    except Stopped as stopped:
+        print(f"{SCRIPT}: stopped at update {run.step}; go on with: "
+              f"python {SCRIPT}.py --resume {run.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + stopped.args[0]) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (UsageError, OSError) as error:
+        print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# --- end shared ---
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""The method of infogan.py: networks, losses, one training step, sampling, measurements."""
+
+import argparse
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import infogan
+
+
+def model_and_data(*flags, images=64):
+    args = infogan.arguments().parse_args(["--batch-size", "16", *flags])
+    torch.manual_seed(args.seed)
+    model = infogan.Model(args, 1, torch.device("cpu"))
+    rng = torch.Generator().manual_seed(1)
+    train = torch.randint(256, (images, 1, 28, 28), dtype=torch.uint8, generator=rng)
+    labels = torch.arange(images) % 10
+    classes = [str(digit) for digit in range(10)]
+    return model, infogan.Data("made", classes, train, labels, train[:20], labels[:20])
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+# ------------------------------------------------------------------ networks
+def test_mnist_networks_have_the_sizes_of_table_1():
+    latent = infogan.Latent(62, (10,), 2)
+    g, d = infogan.Generator(latent, 1), infogan.Discriminator(latent, 1)
+    linear = lambda i, o: i * o + o  # noqa: E731
+    conv = lambda i, o: 16 * i * o + o  # noqa: E731
+    assert parameters(g) == (
+        linear(74, 1024) + 2 * 1024 + linear(1024, 6272) + 2 * 6272
+        + conv(128, 64) + 2 * 64 + 16 * 64 + 1
+    )  # fmt: skip
+    trunk = conv(1, 64) + conv(64, 128) + 2 * 128 + linear(6272, 1024) + 2 * 1024
+    head = linear(1024, 128) + 2 * 128 + linear(128, 14)
+    assert parameters(d) == trunk + linear(1024, 1) + head
+    images = g(*latent.sample(3, "cpu"))
+    assert images.shape == (3, 1, 28, 28)
+    features = d(images)
+    assert d.score(features).shape == (3, 1) and d.q(features).shape == (3, 14)
+
+
+def test_svhn_networks_have_the_sizes_of_table_2():
+    latent = infogan.Latent(124, (10, 10, 10, 10), 4)
+    g, d = infogan.Generator(latent, 3), infogan.Discriminator(latent, 3)
+    images = g(*latent.sample(2, "cpu"))
+    assert images.shape == (2, 3, 32, 32)
+    assert d.q(d(images)).shape == (2, 48)
+    widths = [m.out_channels for m in g.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
+    assert widths == [256, 128, 64, 3]
+    assert [m.out_channels for m in d.trunk if isinstance(m, torch.nn.Conv2d)] == [64, 128, 256]
+    norms = [m.num_features for m in d.trunk if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms == [128, 256]  # none after the first convolution
+    assert d.score.in_features == 256 * 4 * 4
+
+
+def test_batches_in_one_pass_are_normalised_apart():
+    latent = infogan.Latent(62, (10,), 2)
+    d = infogan.Discriminator(latent, 1)
+    a, b = torch.randn(8, 1, 28, 28), 3 * torch.randn(6, 1, 28, 28) + 1
+    together = d(a, b)
+    assert torch.allclose(together, torch.cat([d(a), d(b)]), atol=1e-5)
+    assert not torch.allclose(together, d(torch.cat([a, b])), atol=1e-2)
+
+
+def test_initial_weights():
+    d = infogan.Discriminator(infogan.Latent(62, (10,), 2), 1)
+    conv = d.trunk[2].weight
+    assert conv.abs().max() <= 0.04 and 0.015 < conv.std() < 0.02
+    assert all((m.bias == 0).all() for m in d.modules() if hasattr(m, "bias"))
+
+
+# ------------------------------------------------------------------ latent codes and losses
+def test_latent_draws_follow_the_prior():
+    latent = infogan.Latent(4, (3, 7), 2)
+    rng = torch.Generator().manual_seed(0)
+    noise, category, code = latent.sample(20000, "cpu", rng)
+    assert noise.shape == (20000, 4) and abs(noise.std() - 1) < 0.02
+    for i, k in enumerate((3, 7)):
+        share = torch.bincount(category[:, i], minlength=k) / 20000
+        assert len(share) == k and (share - 1 / k).abs().max() < 0.02
+    assert code.min() >= -1 and code.max() <= 1 and abs(code.std() - 3**-0.5) < 0.02
+    assert latent.entropy() == (math.log(3) + math.log(7), 2 * math.log(2))
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("sizes, n", [((10,), 2), ((3, 5), 1), ((), 2), ((4,), 0)])
+def test_info_loss_reference_against_distributions(sizes, n, unit):
+    torch.manual_seed(0)
+    batch = 9
+    logits = [torch.randn(batch, k) for k in sizes]
+    mean, log_var = torch.randn(batch, n), torch.randn(batch, n)
+    category = torch.stack([torch.randint(k, (batch,)) for k in sizes], 1) if sizes else None
+    category = torch.empty(batch, 0, dtype=torch.int64) if category is None else category
+    code = torch.rand(batch, n) * 2 - 1
+    q = torch.cat([*logits, mean, *([] if unit else [log_var])], 1)
+    got = infogan.info_loss_reference(q, category, code, sizes)
+    categorical = sum(
+        (-torch.distributions.Categorical(logits=part).log_prob(category[:, i]).mean()
+         for i, part in enumerate(logits)), torch.zeros(())
+    )  # fmt: skip
+    deviation = torch.ones_like(mean) if unit else (0.5 * log_var).exp()
+    normal = torch.distributions.Normal(mean, deviation)
+    continuous = -normal.log_prob(code).sum(1).mean()
+    assert torch.allclose(got[0], categorical) and torch.allclose(got[1], continuous)
+
+
+def test_mutual_information_reaches_its_ceiling_and_its_floor():
+    sizes, category = (10, 4), torch.stack([torch.arange(40) % 10, torch.arange(40) % 4], 1)
+    code = torch.zeros(40, 0)
+    perfect = torch.cat([F.one_hot(category[:, i], k) for i, k in enumerate(sizes)], 1) * 100.0
+    entropy = infogan.Latent(0, sizes, 0).entropy()[0]
+    nll, _ = infogan.info_loss_reference(perfect, category, code, sizes)
+    assert math.isclose(entropy - nll.item(), math.log(40), abs_tol=1e-6)
+    nll, _ = infogan.info_loss_reference(torch.zeros(40, 14), category, code, sizes)
+    assert math.isclose(entropy - nll.item(), 0, abs_tol=1e-6)
+
+
+def test_unit_variance_costs_half_log_two_pi():
+    code = torch.rand(7, 3)
+    empty = torch.empty(7, 0, dtype=torch.int64)
+    _, nll = infogan.info_loss_reference(code.clone(), empty, code, ())
+    assert math.isclose(nll.item(), 1.5 * math.log(2 * math.pi), rel_tol=1e-6)
+
+
+# ------------------------------------------------------------------ the training step
+def snapshot(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def moved(network, before):
+    return {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_step_trains_every_weight_of_both_networks():
+    model, data = model_and_data()
+    before_g, before_d = snapshot(model.generator), snapshot(model.discriminator)
+    losses = infogan.train_step(model, data, torch.arange(16))
+    assert losses.shape == (4,) and losses.isfinite().all() and not losses.requires_grad
+    assert moved(model.generator, before_g) == set(before_g)
+    assert moved(model.discriminator, before_d) == set(before_d)
+
+
+def test_generator_update_leaves_no_gradient_in_the_discriminator():
+    model, data = model_and_data("--lr-d", "0")
+    infogan.train_step(model, data, torch.arange(16))
+    after_d_step = {n: p.grad.clone() for n, p in model.discriminator.named_parameters()}
+    model.optimizer_d.zero_grad = lambda: None
+    model, data = model_and_data("--lr-d", "0", "--lr-g", "0")
+    infogan.train_step(model, data, torch.arange(16))
+    for name, p in model.discriminator.named_parameters():
+        assert torch.equal(p.grad, after_d_step[name])
+
+
+def test_lambda_reaches_both_updates():
+    """Without D's score, only L_I moves the weights: both the trunk and the generator must move."""
+    model, data = model_and_data()
+    with torch.no_grad():
+        model.discriminator.score.weight.zero_()
+    model.discriminator.score.requires_grad_(False)
+    before_g, before_d = snapshot(model.generator), snapshot(model.discriminator)
+    infogan.train_step(model, data, torch.arange(16))
+    assert "trunk.0.weight" in moved(model.discriminator, before_d)
+    assert "layers.0.weight" in moved(model.generator, before_g)
+
+
+def test_baseline_q_only_watches():
+    """With D's score cut off, a baseline's trunk and generator get no gradient, its Q does."""
+    model, data = model_and_data("--baseline")
+    with torch.no_grad():
+        model.discriminator.score.weight.zero_()
+    model.discriminator.score.requires_grad_(False)
+    before_g, before_d = snapshot(model.generator), snapshot(model.discriminator)
+    infogan.train_step(model, data, torch.arange(16))
+    changed = moved(model.discriminator, before_d)
+    assert "q.0.weight" in changed and "trunk.0.weight" not in changed
+    assert not moved(model.generator, before_g)
+
+
+def test_losses_are_those_of_the_paper():
+    """At chance D's loss is 2 log 2 and G's log 2; L_I of an uninformed Q is H(c) - log 10 = 0."""
+    model, data = model_and_data("--lr-d", "0", "--lr-g", "0")
+    with torch.no_grad():
+        for layer in (model.discriminator.score, model.discriminator.q[-1]):
+            layer.weight.zero_()
+    loss_d, loss_g, mi_categorical, _ = infogan.train_step(model, data, torch.arange(16)).tolist()
+    assert math.isclose(loss_d, 2 * math.log(2), rel_tol=1e-5)
+    assert math.isclose(loss_g, math.log(2), rel_tol=1e-5)
+    assert math.isclose(mi_categorical, 0, abs_tol=1e-5)
+
+
+def test_augmentation_moves_real_and_generated_images_alike():
+    args = argparse.Namespace(shift=2.0, rotate=9.0)
+    torch.manual_seed(0)
+    image = torch.zeros(200, 1, 28, 28)
+    image[:, :, 13:15, 13:15] = 1
+    image.requires_grad_()
+    out = infogan.augment(image * 2 - 1, args) / 2 + 0.5
+    mass = out.sum(dim=(1, 2, 3))
+    assert (mass - 4).abs().max() < 0.5  # nothing is lost
+    at = torch.arange(28.0) - 13.5
+    x = (out.sum(dim=(1, 2)) @ at) / mass
+    assert x.abs().max() < 2.2 and x.abs().max() > 1.5 and abs(x.mean()) < 0.3
+    out.sum().backward()
+    assert image.grad.abs().sum() > 0
+    still = argparse.Namespace(shift=0, rotate=0)
+    assert infogan.augment(image, still) is image
+
+
+def test_images_are_scaled_to_the_range_of_tanh():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    assert infogan.normalise(images).flatten().tolist() == [-1, 1]
+
+
+# ------------------------------------------------------------------ sampling and measurements
+def test_sample_obeys_the_codes_asked_for():
+    torch.manual_seed(0)
+    generator = infogan.Generator(infogan.Latent(5, (10,), 2), 1).eval()
+    images = infogan.sample(generator, 4, category=[3], code=[0.5, -1])
+    noise, _, _ = generator.latent.sample(4, "cpu", torch.Generator().manual_seed(0))
+    want = generator(noise, torch.full((4, 1), 3), torch.tensor([[0.5, -1.0]] * 4))
+    assert torch.allclose(images, want / 2 + 0.5)
+    assert images.min() >= 0 and images.max() <= 1
+    assert not torch.equal(
+        images, infogan.sample(generator, 4, category=[3], code=[0.5, -1], seed=1)
+    )
+
+
+def test_sampling_leaves_the_training_draws_alone():
+    model, data = model_and_data()
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    infogan.evaluate(model, data)
+    infogan.sample(model.generator, 2)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_sweep_changes_one_code_only():
+    generator = infogan.Generator(infogan.Latent(5, (4,), 2), 1).eval()
+    seen = []
+    generator.forward = lambda *latent: (
+        seen.append([t.clone() for t in latent]) or torch.zeros(6, 1, 28, 28)
+    )
+    images = infogan.sweep(generator, "continuous", 1, [-2.0, 2.0], rows=6)
+    assert images.shape == (6, 2, 1, 28, 28)
+    (noise_a, category_a, code_a), (noise_b, category_b, code_b) = seen
+    assert torch.equal(noise_a, noise_b) and torch.equal(category_a, category_b)
+    assert category_a[:, 0].tolist() == [0, 1, 2, 3, 0, 1]
+    assert torch.equal(code_a[:, 0], code_b[:, 0])
+    assert (code_a[:, 1] == -2).all() and (code_b[:, 1] == 2).all()
+
+
+def test_matched_accuracy_finds_the_best_matching():
+    label = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+    category = torch.tensor([2, 2, 0, 0, 1, 1, 1, 0])
+    assert infogan.matched_accuracy(category, label, 3) == 7 / 8
+    assert infogan.matched_accuracy(torch.zeros(8, dtype=torch.int64), label, 3) == 4 / 8
+
+
+def bar(slant=0.0, width=4.0, height=16.0, size=28):
+    """A soft-edged bar, sheared by `slant` (x per y)."""
+    at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    x = at[None, :] - slant * at[:, None]
+    inside = ((width / 2 - x.abs()) + 0.5).clamp(0, 1)
+    return (inside * ((height / 2 - at.abs()) + 0.5).clamp(0, 1)[:, None])[None, None]
+
+
+def test_digit_shape_against_bars_of_known_form():
+    shape = infogan.digit_shape(torch.cat([bar(), bar(slant=0.4), bar(slant=-0.4), bar(width=8)]))
+    slant, width, thickness = (shape[name] for name in ("slant", "width", "thickness"))
+    assert torch.allclose(slant, torch.tensor([0, 0.4, -0.4, 0], dtype=torch.float64), atol=0.02)
+    # the standard deviation of a uniform bar is its width over root 12, whatever its slant
+    want = torch.tensor([4, 4, 4, 8], dtype=torch.float64) / 12**0.5
+    assert torch.allclose(width, want, rtol=0.05)
+    assert thickness[3] > thickness[0]
+
+
+def test_thickness_is_that_of_the_stroke_whatever_the_size_or_slant():
+    """A ring: twice the stroke is twice the thickness, a larger ring has the same."""
+
+    def ring(radius, stroke, lean=0.0):
+        at = torch.arange(28, dtype=torch.float64) - 13.5
+        distance = ((at[None] - lean * at[:, None]) ** 2 + at[:, None] ** 2).sqrt()
+        return (stroke / 2 - (distance - radius).abs() + 0.5).clamp(0, 1)[None, None]
+
+    rings = torch.cat([ring(8, 2), ring(8, 4), ring(10, 2), ring(8, 2, 0.3)])
+    thin, thick, large, leaning = infogan.digit_shape(rings)["thickness"]
+    assert abs(thick / thin - 2) < 0.1
+    assert abs(large / thin - 1) < 0.05 and abs(leaning / thin - 1) < 0.1
+
+
+def test_mean_rho_is_spearmans():
+    from scipy.stats import spearmanr
+
+    values = torch.tensor([[1.0, 2, 4, 3, 9], [5, 4, 3, 2, 1], [2, 2, 2, 2, 2]])
+    want = (spearmanr(range(5), values[0]).statistic - 1 + 0) / 3
+    assert math.isclose(infogan.mean_rho(values), want, abs_tol=1e-9)
+
+
+def test_code_effects_recognise_a_code_that_slants():
+    class Bars(torch.nn.Module):
+        latent = infogan.Latent(3, (10,), 2)
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, noise, category, code):
+            bars = [bar(slant=0.2 * s, width=4 - w) for s, w in code.double().tolist()]
+            return torch.cat(bars).float() * 2 - 1
+
+    slanting, narrowing = infogan.code_effects(Bars(), rows=3, points=7)
+    assert slanting["slant"] > 0.99 and abs(slanting["width"]) < 0.7
+    assert narrowing["width"] < -0.99
+
+
+@pytest.mark.parametrize("sizes, classes", [([5], 10), ([], 10)])
+def test_accuracy_is_null_where_categories_can_not_match(sizes, classes):
+    flags = ["--categorical", *map(str, sizes)]
+    model, data = model_and_data(*flags)
+    assert infogan.evaluate(model, data)["accuracy"] is None
+
+
+def test_evaluation_figures():
+    model, data = model_and_data("--unit-variance")
+    figures = infogan.evaluate(model, data)
+    assert math.isclose(figures["mi_categorical_max"], math.log(10))
+    assert math.isclose(figures["mi_continuous_max"], 2 * math.log(2) - math.log(2 * math.pi))
+    assert 0 <= figures["accuracy"] <= 1
+    assert model.generator.training and model.discriminator.training
+    model, data = model_and_data()
+    assert infogan.evaluate(model, data)["mi_continuous_max"] is None
+
+
+def test_import_leaves_no_trace():
+    assert isinstance(infogan.arguments(), argparse.ArgumentParser)
