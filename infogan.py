@@ -37,7 +37,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -304,11 +303,22 @@ def sample(generator, n, category=None, code=None, seed=0):
     """n images (n, channels, size, size) in [0, 1] from a generator in evaluation mode.
 
     category holds a value for each categorical code, code one for each continuous code; what is
-    not given is drawn.
+    not given is drawn. Raises UsageError, a ValueError, where they do not fit the generator.
     """
-    noise, c, k = generator.latent.sample(n, *device_and_rng(generator, seed))
-    c = c if category is None else torch.tensor(category, device=c.device).expand_as(c)
-    k = k if code is None else torch.tensor(code, device=k.device, dtype=k.dtype).expand_as(k)
+    latent = generator.latent
+    noise, c, k = latent.sample(n, *device_and_rng(generator, seed))
+    if category is not None:
+        if len(category) != c.shape[1] or any(
+            v >= size for v, size in zip(category, latent.categorical)
+        ):
+            raise UsageError(
+                f"category {category}: the categorical codes have sizes {latent.categorical}"
+            )
+        c = torch.tensor(category, device=c.device).expand_as(c)
+    if code is not None:
+        if len(code) != latent.continuous:
+            raise UsageError(f"code {code}: there are {latent.continuous} continuous codes")
+        k = torch.tensor(code, device=k.device, dtype=k.dtype).expand_as(k)
     return generator(noise, c, k) / 2 + 0.5
 
 
@@ -346,22 +356,13 @@ def load_generator(path, device="cpu"):
 def generate(args):
     """--generate: a grid of a hundred images with the codes asked for."""
     generator = load_generator(args.generate, choose_device(args.device))
-    sizes, continuous = generator.latent.categorical, generator.latent.continuous
-    if args.category and len(args.category) != len(sizes):
-        raise UsageError(f"--category: this checkpoint has {len(sizes)} categorical codes")
-    if any(value >= k for value, k in zip(args.category or (), sizes)):
-        raise UsageError(
-            f"--category {args.category}: the codes have {list(sizes)} categories, from 0"
-        )
-    if args.code and len(args.code) != continuous:
-        raise UsageError(f"--code: this checkpoint has {continuous} continuous codes")
     images = sample(generator, 100, args.category, args.code, args.seed)
     save_image(images, args.out or "grid.png", nrow=10)
 
 
 def save_samples(model, path):
     """Ten rows of fixed noise; the columns are the categories of the first code, where there is one."""
-    generator, sizes = model.generator.eval(), model.latent.categorical
+    generator, sizes = model.generator, model.latent.categorical
     if sizes:
         images = sweep(generator, "categorical", 0, range(sizes[0])).flatten(0, 1)
     else:
@@ -384,7 +385,7 @@ def save_codes(model, path, effects):
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 5.2 * rows), layout="constrained")
     for place, (kind, i, values, title) in enumerate(panels, start=1):
-        images = sweep(model.generator.eval(), kind, i, values).flatten(0, 1)
+        images = sweep(model.generator, kind, i, values).flatten(0, 1)
         axis = figure.add_subplot(rows, columns, place, title=title)
         axis.title.set_fontsize(9)
         axis.axis("off")
@@ -411,7 +412,7 @@ def save_curves(model, path, rows):
 @torch.no_grad()
 def evaluate(model, data):
     """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category."""
-    g, d, latent = model.generator.eval(), model.discriminator.eval(), model.latent
+    g, d, latent = model.generator, model.discriminator, model.latent
     noise, category, code = latent.sample(2000, *device_and_rng(g, 2))
     batches = zip(noise.split(500), category.split(500), code.split(500))
     q = torch.cat([d.q(d(g(*batch))) for batch in batches])
@@ -421,7 +422,6 @@ def evaluate(model, data):
         logits = torch.cat([d.q(d(normalise(images))) for images in data.test.split(500)])
         category = logits[:, : latent.categorical[0]].argmax(dim=1)
         accuracy = matched_accuracy(category, data.test_labels, latent.categorical[0])
-    g.train(), d.train()
     entropy = latent.entropy()
     # with variance 1 the best Q still pays log(2 pi) / 2 a code
     ceiling = entropy[1] - latent.continuous * 0.5 * math.log(2 * math.pi)
@@ -484,7 +484,7 @@ def mean_rho(values):
 
 def finish(model, data, folder, rows):
     """The pictures of a finished run, and what its summary.json adds."""
-    effects = code_effects(model.generator.eval())
+    effects = code_effects(model.generator)
     save_codes(model, folder / "codes.png", effects)
     save_curves(model, folder / "curves.png", rows)
     return evaluate(model, data) | {"codes": effects}
@@ -492,17 +492,17 @@ def finish(model, data, folder, rows):
 
 # ================================================================== plumbing
 # --- shared: arguments ---
+class UsageError(ValueError):
+    """A mistake of the user's: main ends with it in one line, and with exit code 2."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(message)
 
 
-class UsageError(ValueError):
-    """A mistake the user can mend: main ends with this line and exit code 2."""
-
-
-def one_line(message):
-    return " ".join(str(message).split()) or type(message).__name__
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def at_least(low, kind=int, high=math.inf):
@@ -523,12 +523,7 @@ def run_arguments(description, image_sizes=(28, 32)):
     parser = Parser(prog=SCRIPT, description=description)
     add = parser.add_argument
     names = ("auto", *TORCHVISION_SETS, "digits", "folder")
-    add(
-        "--dataset",
-        choices=names,
-        default="auto",
-        help="auto: MNIST, or digits where there is none",
-    )
+    add("--dataset", choices=names, default="auto", help="auto: MNIST, or else digits")
     add("--data-dir", default="data", help="where data sets are kept; for folder: the images")
     add("--image-size", type=int, choices=image_sizes, help="for --dataset folder (32)")
     add("--epochs", type=at_least(1), default=50, help="passes over the training images (50)")
@@ -537,8 +532,8 @@ def run_arguments(description, image_sizes=(28, 32)):
     add("--log-every", type=at_least(1), default=100, metavar="N", help="updates a log line (100)")
     add("--seed", type=at_least(0, high=2**32 - 1), default=0, help="(0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    add("--kernels", choices=("auto", "fused", "reference"), default="auto",
-        help="gan_kernels or plain PyTorch (auto: gan_kernels where it is installed)")  # fmt: skip
+    kernels = "gan_kernels or plain PyTorch (auto: gan_kernels if installed)"
+    add("--kernels", choices=("auto", "fused", "reference"), default="auto", help=kernels)
     add("--out", help="the run's folder (runs/<script>-<dataset>-<time>), or --generate's picture")
     add("--resume", metavar="CHECKPOINT", help="go on with a run, in its own folder")
     add("--generate", metavar="CHECKPOINT", help="draw images from a trained generator")
@@ -555,13 +550,10 @@ def read_arguments(parser, argv):
     given = {name: value for name, value in vars(given).items() if value is not absent}
     if Path(given.pop("out", folder)).resolve() != folder.resolve():
         raise UsageError(f"--out: a run is resumed in its own folder, {folder}; leave the flag out")
-    free = ("resume", "epochs", "max_steps", "device")
-    for name, value in given.items():
-        if name not in free and value != state["config"].get(name):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{flag} {value}: the checkpoint has {state['config'].get(name)}; leave it out"
-            )
+    for name in given.keys() - {"resume", "epochs", "max_steps", "device"}:
+        if given[name] != state["config"].get(name):
+            flag, kept = name.replace("_", "-"), state["config"].get(name)
+            raise UsageError(f"--{flag} {given[name]}: the run has {kept}; leave the flag out")
     merged = vars(args) | state["config"] | given | {"out": str(folder)}
     return argparse.Namespace(**merged), state
 
@@ -575,19 +567,17 @@ def choose_device(name):
 
 def choose_kernel(choice, name, reference):
     """The operation `name` of gan_kernels, or its reference; and which: "fused" or "reference"."""
-    installed = importlib.util.find_spec("gan_kernels") is not None
-    if choice == "fused" and not installed:
-        raise UsageError(
-            "--kernels fused: gan_kernels is not installed; pip install . in its repository"
-        )
-    if choice != "reference" and installed:
-        try:
+    try:
+        if choice != "reference":
             return getattr(importlib.import_module("gan_kernels"), name), "fused"
-        except Exception as error:  # whatever a broken extension raises must be said
-            problem = f"gan_kernels is installed but does not load: {one_line(error)}"
+    except Exception as error:  # a broken extension raises anything, and must be said
+        if importlib.util.find_spec("gan_kernels") is None:
+            problem = "gan_kernels is not installed"
+        else:
+            problem = f"gan_kernels is installed but does not load ({one_line(error)})"
+            print(f"{SCRIPT}: {problem}; using plain PyTorch", file=sys.stderr)
         if choice == "fused":
-            raise UsageError(problem) from problem
-        print(f"{SCRIPT}: {problem}; using plain PyTorch", file=sys.stderr)
+            raise UsageError(f"--kernels fused: {problem}") from error
     return reference, "reference"
 
 
@@ -615,102 +605,87 @@ class Data:
     test_labels: torch.Tensor
 
 
-class Unavailable(Exception):
+class Unavailable(UsageError):
     """A data set that is not on disk and can not be downloaded."""
 
 
 def load_data(args, device):
-    name, folder = args.dataset, Path(args.data_dir)
+    """The data set that the arguments ask for, on the device."""
+    name, folder = "mnist" if args.dataset == "auto" else args.dataset, Path(args.data_dir)
     try:
-        if name in ("auto", *TORCHVISION_SETS):
-            parts = torchvision_set("mnist" if name == "auto" else name, folder)
+        if name in TORCHVISION_SETS:
+            classes, *tensors = torchvision_set(name, folder)
+        elif name == "folder":
+            classes, *tensors = folder_set(folder, args.image_size or 32)
         else:
-            parts = digits_set() if name == "digits" else folder_set(folder, args.image_size or 32)
+            classes, *tensors = digits_set()
     except Unavailable as problem:
-        if name != "auto":
-            raise UsageError(problem) from problem
+        if args.dataset != "auto":
+            raise
         print(f"{SCRIPT}: {problem}. Training on scikit-learn's digits instead; for MNIST, put its "
               f"files in {folder / 'MNIST/raw'} or run where it can be downloaded.")  # fmt: skip
-        name, parts = "digits", digits_set()
-    name = "mnist" if name == "auto" else name
-    classes, *tensors = parts
+        name, (classes, *tensors) = "digits", digits_set()
     if args.image_size not in (None, tensors[0].shape[-1]):
-        raise UsageError(
-            f"--image-size {args.image_size}: the images of {name} have their own size"
-        )
+        raise UsageError(f"--image-size {args.image_size}: {name} has a size of its own")
     if args.batch_size > len(tensors[0]):
-        raise UsageError(
-            f"--batch-size {args.batch_size}: {name} has only {len(tensors[0])} training images"
-        )
+        raise UsageError(f"--batch-size {args.batch_size}: {name} has {len(tensors[0])} images")
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
 
 def torchvision_set(name, folder):
-    """One of torchvision's sets, downloaded where it is not there yet."""
+    """Classes, images and labels of one of torchvision's sets, downloaded where it is not there."""
     kind, tensors = TORCHVISION_SETS[name], []
-    splits = ("split", "train", "test") if name == "svhn" else ("train", True, False)
+    key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
 
     def read(download):
-        return [kind(folder, download=download, **{splits[0]: part}) for part in splits[1:]]
+        return [kind(folder, download=download, **{key: part}) for part in parts]
 
     try:
-        parts = read(download=False)
+        sets = read(download=False)
     except Exception as error:  # torchvision has no error of its own for a damaged file
         if "not found" not in str(error):
             problem = (
-                f"can not read {name} in {folder} ({one_line(error)}); delete its damaged files"
+                f"can not read {name} in {folder} ({one_line(error)}); delete the damaged files"
             )
             raise UsageError(problem) from error
-        parts = download_set(kind, name, folder, lambda: read(download=True))
-    for part in parts:
+        sets = download(kind, name, folder, read)
+    for part in sets:
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
-        labels = torch.as_tensor(part.labels if name == "svhn" else part.targets).long()
-        if len(images) != len(labels):
-            raise UsageError(
-                f"{name} in {folder} has {len(images)} images but {len(labels)} labels"
-            )
-        tensors += images.contiguous(), labels
+        labels = part.labels if name == "svhn" else part.targets
+        tensors += images.contiguous(), torch.as_tensor(labels).long()
     return getattr(kind, "classes", [str(digit) for digit in range(10)]), *tensors
 
 
-def download_set(kind, name, folder, download):
-    """Downloads, but notices a missing network within ten seconds."""
-    home = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--data-dir {folder}: {name} is not there and {home} is not a writable folder"
-        )
-    if name == "svhn":
-        urls = [kind.split_list["train"][0]]
-    else:
-        urls = [m + kind.resources[0][0] for m in getattr(kind, "mirrors", ())] or [kind.url]
-    problem = ["no answer"]
+def download(kind, name, folder, read):
+    """read(download=True), but a network out of reach is noticed within ten seconds."""
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        raise UsageError(f"--data-dir {folder}: {name} is not there and {home} can not be written")
+    first = getattr(kind, "resources", [("",)])[0][0]
+    urls = [mirror + first for mirror in getattr(kind, "mirrors", ())]
+    urls = urls or [kind.split_list["train"][0] if name == "svhn" else kind.url]
+    problems = ["no answer"]
 
     def ask():
         for url in urls:
             try:
                 request = urllib.request.Request(url, method="HEAD")
-                urllib.request.urlopen(request, timeout=8 / len(urls)).close()
-                return problem.clear()
+                return urllib.request.urlopen(request, timeout=4).close(), problems.clear()
             except Exception as error:  # every failure means the same here
-                problem[0] = one_line(error)
+                problems[0] = one_line(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server can hang without a limit
-    thread.start()
-    thread.join(timeout=9)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)
+    asking = threading.Thread(target=ask, daemon=True)  # a name server can hang without limit
+    asking.start()
+    asking.join(timeout=9)
     try:
-        if problem:
-            raise ConnectionError(problem[0])
-        return download()
+        if problems:
+            raise OSError(problems[0])
+        return read(download=True)
     except (OSError, RuntimeError) as error:
         reason = f"{name} is not in {folder} and can not be downloaded ({one_line(error)})"
         raise Unavailable(reason) from error
-    finally:
-        socket.setdefaulttimeout(patience)
 
 
 def digits_set():
@@ -725,10 +700,8 @@ def folder_set(folder, size):
     """All images below a folder, cropped square and resized; its sub-folders are the classes."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 3:
-        raise UsageError(
-            f"--data-dir {folder}: a folder of images is needed, and this holds {len(paths)}"
-        )
-    names = [str(path.relative_to(folder).parts[:-1][:1]) for path in paths]
+        raise UsageError(f"--data-dir {folder} must be a folder of images; it holds {len(paths)}")
+    names = ["/".join(path.relative_to(folder).parts[:-1][:1]) for path in paths]
     images = []
     for path in tqdm(paths, desc="reading images", disable=None):
         try:
@@ -751,12 +724,8 @@ def hold_out(images, labels):
 # --- end shared ---
 
 
-# --- shared: run folder ---
-PROGRESS = ("step", "count", "seconds", "training_seconds", "sums", "metrics_size")
-
-
-class Stopped(Exception):
-    """The run was asked to end by a signal, whose number this carries."""
+# --- shared: run ---
+PROGRESS = ("step", "count", "seconds", "sums", "metrics_size")
 
 
 class Run:
@@ -770,31 +739,36 @@ class Run:
         self.epoch_steps = len(self.data.train) // self.model.images_per_step
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step = self.count = 0  # updates in all, and since the last row of metrics.csv
-        self.seconds = self.training_seconds = 0.0
+        self.seconds = 0.0
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since that row
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.folder = create_run(args, self.data.name) if state is None else Path(args.out)
-        self.metrics_size = (self.folder / "metrics.csv").stat().st_size
-        if state is not None:
+        if state is None:
+            self.folder = create_run(args, self.data.name)
+            self.metrics_size = (self.folder / "metrics.csv").stat().st_size
+        else:
+            self.folder = Path(args.out)
             self.restore(state)
 
     def train(self):
-        """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and stop."""
+        """Trains to the end, with a checkpoint at each epoch.
+
+        Ctrl-C and SIGTERM save and end it: then the signal's number is returned.
+        """
         if self.step >= self.total and (self.folder / "summary.json").exists():
             print(f"{SCRIPT}: {self.folder} is finished; --epochs or --max-steps extends it")
-            return
-        print(f"{SCRIPT}: {self.data.name}, {len(self.data.train):,} images, {self.device}, "
-              f"{self.model.kernels} kernels, {self.folder}", flush=True)  # fmt: skip
+            return None
         (self.folder / "summary.json").unlink(missing_ok=True)
         os.truncate(self.folder / "metrics.csv", self.metrics_size)
+        print(f"{SCRIPT}: {self.data.name}, {len(self.data.train):,} images, {self.device}, "
+              f"{self.model.kernels} kernels, {self.folder}", flush=True)  # fmt: skip
         caught, order, size = [], None, self.model.images_per_step
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
-        self.clock = time.perf_counter()
         self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=None)
+        self.started = time.perf_counter() - self.seconds
         try:
             if self.count and self.step % self.args.log_every == 0:
-                self.log()  # the end of a run that is now extended left this row out
+                self.log()  # the closing row of the run that this extends stood in its place
             while self.step < self.total and not caught:
                 epoch, at = divmod(self.step, self.epoch_steps)
                 if at == 0 or order is None:
@@ -812,31 +786,39 @@ class Run:
                     self.log()
             if self.step % self.epoch_steps:
                 self.save()
-            if caught:
-                raise Stopped(caught[0])
-            self.finish()
+            if not caught:
+                self.finish()
         finally:
             self.bar.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)
+        return caught[0] if caught else None
 
     def shuffled(self, epoch):
         """A permutation of the training images that depends on the seed and the epoch alone."""
         rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
         return torch.randperm(len(self.data.train), generator=rng).to(self.device)
 
-    def tick(self, training=False):
-        """Adds the time since the last tick to the run's and, if it was spent so, to training's."""
-        elapsed = time.perf_counter() - self.clock
-        self.clock += elapsed
-        self.seconds += elapsed
-        self.training_seconds += elapsed if training else 0.0
+    def training(self, mode):
+        """Sets every network to training or evaluation mode."""
+        for part in self.model.parts.values():
+            if isinstance(part, nn.Module):
+                part.train(mode)
+
+    def check(self):
+        """Ends a run whose losses have gone bad; reads the device, so only at rows and saves."""
+        if step := self.bad_step.item():
+            last = self.folder / "checkpoint.pt"
+            raise UsageError(
+                f"a loss is nan or infinite at update {step}; lower the learning rates, and "
+                + (f"--resume {last}, the last good state" if last.exists() else "start again")
+            )
 
     def log(self, measured=None):
-        """A row of metrics.csv: the mean losses since the last row, and what was measured now."""
-        means = (self.sums / max(self.count, 1)).tolist()
+        """One row of metrics.csv: the mean losses since the last, and what was measured now."""
         self.check()
-        self.tick(training=measured is None)
+        self.seconds = time.perf_counter() - self.started
+        means = (self.sums / max(self.count, 1)).tolist()
         self.sums, self.count = torch.zeros_like(self.sums), 0
         measured, epoch = measured or {}, -(-self.step // self.epoch_steps)
         extra = [measured.get(name) for name in MEASURED]
@@ -845,44 +827,33 @@ class Run:
         shown = {name: f"{v:.3f}" for name, v in shown.items() if isinstance(v, float)}
         self.bar.set_postfix(shown)
         if measured or self.bar.disable:
-            rate = self.step * self.model.images_per_step / self.training_seconds
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            rate = self.step * self.model.images_per_step / self.seconds
             self.bar.write(f"update {self.step}/{self.total}: {text}, {rate:.0f} images/s")
             sys.stdout.flush()
 
     def measure(self):
-        """Runs the script's own measurements, logs them and leaves a picture."""
+        """Logs the script's own measurements and leaves a picture."""
         self.check()
-        self.tick(training=True)
-        measured = evaluate(self.model, self.data)
-        self.log(measured)
+        self.training(False)
+        self.log(evaluate(self.model, self.data))
         save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
-        self.tick()
-
-    def check(self):
-        """Ends a run whose losses have gone bad; reads the device, so only at rows and saves."""
-        step = self.bad_step.item()
-        if step:
-            raise UsageError(
-                f"a loss is nan or infinite at update {step}; lower the learning rates. "
-                f"The last good state, if one was saved, is {self.folder / 'checkpoint.pt'}"
-            )
+        self.training(True)
 
     def save(self):
         """Writes all that the run needs to go on as if it had never stopped."""
         self.check()
-        self.tick(training=True)
+        self.seconds = time.perf_counter() - self.started
         self.metrics_size = (self.folder / "metrics.csv").stat().st_size
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
         state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
-        state |= {"channels": self.data.train.shape[1], "rng": {"cpu": torch.get_rng_state()}}
+        state |= {"channels": self.data.train.shape[1], "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
-            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+            state["cuda_rng"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
-        self.tick()
 
     def restore(self, state):
         for name, part in self.model.parts.items():
@@ -890,28 +861,29 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
         if self.step % self.epoch_steps:
             self.measure()
+        self.training(False)
         on_cuda = self.device.type == "cuda"
         summary = {
             "script": SCRIPT,
             "dataset": self.data.name,
             "seed": self.args.seed,
-            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
+            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
             "kernels": self.model.kernels,
             "steps": self.step,
             "seconds": self.seconds,
-            "images_per_second": self.step * self.model.images_per_step / self.training_seconds,
+            "images_per_second": self.step * self.model.images_per_step / self.seconds,
         }
         summary |= finish(self.model, self.data, self.folder, read_rows(self.folder))
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
-        print(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
+        self.bar.write(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
 
 
 def create_run(args, dataset):
@@ -934,9 +906,8 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def append_row(folder, values):
@@ -974,16 +945,16 @@ def main(argv=None):
         if args.generate:
             return generate(args)
         run = Run(args, state)
-        run.train()
-    except Stopped as stopped:
-        print(f"{SCRIPT}: stopped at update {run.step}; go on with: "
-              f"python {SCRIPT}.py --resume {run.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
-        raise SystemExit(128 + stopped.args[0]) from None
+        number = run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError) as error:
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    if number:
+        print(f"{SCRIPT}: stopped at update {run.step}; to go on: "
+              f"python {SCRIPT}.py --resume {run.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + number)
 
 
 # --- end shared ---

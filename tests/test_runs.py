@@ -1,0 +1,500 @@
+"""Whole runs through main([...]): what they leave, resume, data sets, every bad input."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infogan
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kernels", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test in a folder of its own, with no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infogan.urllib.request, "urlopen", no_network)
+
+
+def no_network(*args, **kwargs):
+    raise OSError("no network in tests")
+
+
+def run(*flags):
+    infogan.main([*QUICK, *map(str, flags)])
+
+
+def refused(capsys, *flags):
+    """The line on stderr of a call that must end with exit code 2 and write nothing new."""
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        infogan.main([str(flag) for flag in flags])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and captured.err.startswith("infogan: error: ")
+    assert sorted(Path().rglob("*")) == before
+    return captured.err
+
+
+def rows(folder):
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether two nested structures of tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def weights(folder):
+    state = checkpoint(folder)
+    parts = ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "step", "sums")
+    return {name: state[name] for name in parts}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of two epochs: 2 x 44 updates of 32 images, one row every 20."""
+    home = tmp_path_factory.mktemp("finished")
+    here = Path.cwd()
+    os.chdir(home)
+    try:
+        run("--epochs", 2, "--log-every", 20, "--out", home / "run")
+    finally:
+        os.chdir(here)
+    return home / "run"
+
+
+# ------------------------------------------------------------------ what a run leaves
+def test_run_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "samples", "codes.png", "curves.png", "metrics.csv", "config.json", "summary.json",
+        "checkpoint.pt",
+    }  # fmt: skip
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == [
+        "0000044.png",
+        "0000088.png",
+    ]
+    for picture in finished.rglob("*.png"):
+        with Image.open(picture) as image:
+            assert np.asarray(image).std() > 1  # not blank
+
+
+def test_metrics(finished):
+    header = (finished / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,epoch,seconds,loss_d,loss_g,mi_categorical,mi_continuous,accuracy"
+    table = rows(finished)
+    assert [int(row["step"]) for row in table] == [20, 40, 44, 60, 80, 88]
+    assert [int(row["epoch"]) for row in table] == [1, 1, 1, 2, 2, 2]
+    assert [bool(row["accuracy"]) for row in table] == [False, False, True, False, False, True]
+    seconds = [float(row["seconds"]) for row in table]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["script"] == "infogan" and summary["dataset"] == "digits"
+    assert summary["seed"] == 0 and summary["device"] == "cpu" and summary["steps"] == 88
+    assert summary["kernels"] == "reference"
+    assert summary["seconds"] > 0 and summary["images_per_second"] > 0
+    assert math.isclose(summary["mi_categorical_max"], math.log(10))
+    assert summary["mi_categorical"] <= summary["mi_categorical_max"]
+    assert summary["mi_continuous_max"] is None
+    assert summary["accuracy"] == pytest.approx(float(rows(finished)[-1]["accuracy"]), abs=1e-5)
+    assert len(summary["codes"]) == 2
+    for effect in summary["codes"]:
+        assert effect.keys() == {"slant", "width", "thickness"}
+        assert all(-1 <= rho <= 1 for rho in effect.values())
+
+
+def test_config(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["categorical"] == [10] and config["batch_size"] == 32
+
+
+def test_default_folder_names_script_and_data_set():
+    run("--max-steps", 1)
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("infogan-digits-2")
+
+
+def test_other_latent_specifications():
+    run("--max-steps", 2, "--out", "a", "--categorical", 3, 4, "--continuous", 3, "--noise", 7)
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert math.isclose(summary["mi_categorical_max"], math.log(12)) and len(summary["codes"]) == 3
+    assert summary["accuracy"] is None
+    run("--max-steps", 2, "--out", "b", "--categorical", "--noise", 0)
+    assert json.loads(Path("b/summary.json").read_text())["mi_categorical"] == 0
+    run("--max-steps", 2, "--out", "c", "--continuous", 0, "--unit-variance")
+    assert json.loads(Path("c/summary.json").read_text())["codes"] == []
+
+
+# ------------------------------------------------------------------ the paper's claim, in small
+def test_codes_are_learned_and_the_baseline_does_not_learn_them():
+    flags = ("--max-steps", 150, "--out")
+    run(*flags, "info")
+    run(*flags, "base", "--baseline")
+    info, base = (json.loads(Path(f, "summary.json").read_text()) for f in ("info", "base"))
+    assert info["mi_categorical"] > 1.0
+    assert base["mi_categorical"] < 0.5
+
+
+# ------------------------------------------------------------------ resume
+@pytest.mark.parametrize("stop", [3, 20, 30, 44, 50])
+def test_resume_equals_uninterrupted(finished, stop, capsys):
+    """Stopped before a log line, on one, in mid-epoch, on an epoch's end and after it."""
+    run("--epochs", 2, "--log-every", 20, "--out", "run", "--max-steps", stop)
+    assert int(rows("run")[-1]["step"]) == stop
+    infogan.main(["--resume", "run/checkpoint.pt", "--max-steps", "1000"])
+    assert same(weights("run"), weights(finished))
+    untimed = [[v for k, v in row.items() if k != "seconds"] for row in rows("run")]
+    assert untimed == [[v for k, v in row.items() if k != "seconds"] for row in rows(finished)]
+    summaries = [json.loads((Path(f) / "summary.json").read_text()) for f in ("run", finished)]
+    for summary in summaries:
+        del summary["seconds"], summary["images_per_second"]
+    assert summaries[0] == summaries[1]
+
+
+def test_finished_run_is_said_to_be_finished(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    infogan.main(["--resume", str(finished / "checkpoint.pt")])
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_says_how_to_go_on(finished, number, code, capsys, monkeypatch):
+    step = infogan.train_step
+
+    def interrupted(model, data, index):
+        interrupted.calls += 1
+        if interrupted.calls == 7:
+            os.kill(os.getpid(), number)
+        return step(model, data, index)
+
+    interrupted.calls = 0
+    monkeypatch.setattr(infogan, "train_step", interrupted)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", 2, "--log-every", 20, "--out", "run")
+    assert stop.value.code == code and signal.getsignal(number) is handler
+    assert "--resume run/checkpoint.pt" in capsys.readouterr().err
+    assert checkpoint("run")["step"] == 7 and not Path("run/summary.json").exists()
+    monkeypatch.setattr(infogan, "train_step", step)
+    infogan.main(["--resume", "run/checkpoint.pt"])
+    assert same(weights("run"), weights(finished))
+
+
+def test_resume_refuses_other_flags(finished, capsys):
+    path = finished / "checkpoint.pt"
+    error = refused(capsys, "--resume", path, "--categorical", 5)
+    assert "--categorical [5]" in error and "[10]" in error
+    assert "--seed 3" in refused(capsys, "--resume", path, "--seed", 3)
+    assert "--out" in refused(capsys, "--resume", path, "--out", "elsewhere")
+
+
+# ------------------------------------------------------------------ drawing from a trained model
+def test_generate(finished, capsys):
+    path = str(finished / "checkpoint.pt")
+    infogan.main(["--generate", path, "--out", "a.png", "--category", "3", "--code", "1.5", "-0.5"])
+    with Image.open("a.png") as image:
+        assert image.size == (10 * 30 + 2, 10 * 30 + 2)
+    generator = infogan.load_generator(path)
+    assert not generator.training
+    assert infogan.sample(generator, 5).shape == (5, 1, 28, 28)
+    assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 10)
+    assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 1, 2)
+    assert "2 continuous" in refused(capsys, "--generate", path, "--code", 1)
+
+
+# ------------------------------------------------------------------ kernels
+def write_kernels(monkeypatch, text):
+    Path("gan_kernels.py").write_text(text)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.delitem(sys.modules, "gan_kernels", raising=False)
+
+
+WORKING = "from infogan import info_loss_reference as info_loss"
+
+
+def test_installed_kernel_is_used_and_named(monkeypatch, capsys):
+    write_kernels(monkeypatch, WORKING)
+    flags = ["--dataset", "digits", "--batch-size", "16", "--max-steps", "1", "--device", "cpu"]
+    infogan.main([*flags, "--out", "a"])
+    assert "fused kernels" in capsys.readouterr().out
+    assert json.loads(Path("a/summary.json").read_text())["kernels"] == "fused"
+    infogan.main([*flags, "--out", "b", "--kernels", "reference"])
+    assert json.loads(Path("b/summary.json").read_text())["kernels"] == "reference"
+    monkeypatch.delitem(sys.modules, "gan_kernels")
+
+
+def test_broken_kernel_is_said(monkeypatch, capsys):
+    write_kernels(monkeypatch, "raise ImportError('undefined symbol: x')")
+    flags = ["--dataset", "digits", "--batch-size", "16", "--max-steps", "1", "--device", "cpu"]
+    infogan.main([*flags, "--out", "a"])
+    assert "undefined symbol: x" in capsys.readouterr().err
+    assert json.loads(Path("a/summary.json").read_text())["kernels"] == "reference"
+    assert "undefined symbol" in refused(capsys, *flags, "--kernels", "fused")
+
+
+# ------------------------------------------------------------------ data
+def write_mnist(folder, train=40, test=10, cut=0):
+    """Files in MNIST's own format: big-endian header, then bytes."""
+    raw = Path(folder) / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, n in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        head = b"".join(v.to_bytes(4, "big") for v in (0x803, n, 28, 28))
+        content = head + images
+        content = content[: len(content) - cut] if name == "train" else content
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(content)
+        labels = (np.arange(n) % 10).astype(np.uint8).tobytes()
+        head = b"".join(v.to_bytes(4, "big") for v in (0x801, n))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(head + labels)
+    return folder
+
+
+def load(*flags):
+    return infogan.load_data(infogan.arguments().parse_args(list(map(str, flags))), "cpu")
+
+
+def test_auto_takes_mnist_where_it_is():
+    write_mnist("data")
+    data = load("--batch-size", 8)
+    assert data.name == "mnist" and data.train.shape == (40, 1, 28, 28)
+    assert data.train.dtype == torch.uint8 and data.test_labels.tolist() == list(range(10))
+
+
+def test_auto_falls_back_to_digits_and_says_so(capsys):
+    data = load()
+    assert data.name == "digits"
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "mnist" in out and "digits" in out and "MNIST/raw" in out
+    assert not Path("data").exists()
+
+
+def test_digits_are_the_real_ones():
+    data = load("--dataset", "digits")
+    assert data.train.shape == (1437, 1, 28, 28) and data.test.shape == (360, 1, 28, 28)
+    assert data.train.float().std() > 50 and len(data.classes) == 10
+    assert torch.bincount(data.test_labels).min() > 20
+
+
+def test_silent_network_is_noticed_in_ten_seconds(monkeypatch, capsys):
+    monkeypatch.setattr(
+        infogan.urllib.request, "urlopen", lambda *a, **k: threading.Event().wait(60)
+    )
+    started = infogan.time.monotonic()
+    assert load().name == "digits"
+    assert infogan.time.monotonic() - started < 10
+
+
+def write_images(folder, n=10, size=(40, 30)):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = Path(folder) / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+def test_folder_of_images():
+    write_images("pictures")
+    Path("pictures/cat/notes.txt").write_text("not an image")
+    data = load("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
+    assert data.classes == ["cat", "dog"]
+    assert data.train.shape == (8, 3, 32, 32) and data.test.shape == (2, 3, 32, 32)
+    assert sorted([*data.train_labels.tolist(), *data.test_labels.tolist()]) == [0] * 5 + [1] * 5
+    grey = load(
+        "--dataset", "folder", "--data-dir", "pictures", "--image-size", 28, "--batch-size", 2
+    )
+    assert grey.train.shape == (8, 1, 28, 28)
+
+
+def test_colour_run():
+    write_images("pictures", n=24)
+    flags = ["--dataset", "folder", "--data-dir", "pictures", "--batch-size", "8"]
+    infogan.main(
+        [*flags, "--max-steps", "2", "--categorical", "2", "--out", "run", "--device", "cpu"]
+    )
+    assert json.loads(Path("run/summary.json").read_text())["accuracy"] is not None
+
+
+@pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder with MNIST")
+def test_real_mnist():
+    data = load("--dataset", "mnist", "--data-dir", os.environ["DATA_DIR"])
+    assert data.train.shape == (60000, 1, 28, 28) and data.test.shape == (10000, 1, 28, 28)
+    assert torch.bincount(data.test_labels).tolist()[:3] == [980, 1135, 1032]
+
+
+# ------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset", "nothing"],
+        ["--batch-size", 0],
+        ["--batch-size", 1],
+        ["--batch-size", 5000],
+        ["--batch-size", "many"],
+        ["--epochs", -1],
+        ["--epochs", 0],
+        ["--lr-g", "nan"],
+        ["--lr-d", "-1e-3"],
+        ["--lambda-categorical", "inf"],
+        ["--categorical", 1],
+        ["--categorical", "--continuous", 0],
+        ["--noise", -1],
+        ["--seed", -1],
+        ["--max-steps", 0],
+        ["--log-every", 0],
+        ["--image-size", 64],
+        ["--image-size", 32],
+        ["--kernels", "fused"],
+        ["--unknown"],
+    ],
+)
+def test_bad_flags(flags, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gan_kernels", None)
+    monkeypatch.setattr(infogan.importlib.util, "find_spec", lambda name: None)
+    refused(capsys, "--dataset", "digits", *flags)
+
+
+def test_missing_data_set_is_an_error(capsys):
+    for name in ("mnist", "fashion-mnist", "svhn", "cifar10"):
+        assert f"{name} is not in data" in refused(capsys, "--dataset", name)
+
+
+@pytest.mark.parametrize("cut", [1, 40 * 28 * 28, 40 * 28 * 28 + 10])
+def test_truncated_mnist(cut, capsys):
+    write_mnist("data", cut=cut)
+    assert "mnist in data" in refused(capsys, "--dataset", "mnist", "--batch-size", 4)
+    assert "mnist in data" in refused(capsys, "--batch-size", 4)
+
+
+def test_files_that_are_no_images(capsys):
+    write_images("pictures")
+    Path("pictures/dog/x.jpg").write_text("not an image")
+    flags = ("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
+    assert "x.jpg" in refused(capsys, *flags)
+    Path("empty").mkdir()
+    assert "empty" in refused(capsys, "--dataset", "folder", "--data-dir", "empty")
+    assert "nowhere" in refused(capsys, "--dataset", "folder", "--data-dir", "nowhere")
+
+
+def test_data_dir_that_can_not_be_written(capsys):
+    Path("file").write_text("")
+    assert "writable" in refused(capsys, "--dataset", "mnist", "--data-dir", "file/data")
+
+
+def test_folder_that_holds_a_run(finished, capsys):
+    before = (finished / "metrics.csv").read_bytes()
+    error = refused(capsys, "--dataset", "digits", "--out", finished)
+    assert "holds a run" in error and (finished / "metrics.csv").read_bytes() == before
+
+
+def test_bad_checkpoints(finished, capsys):
+    whole = (finished / "checkpoint.pt").read_bytes()
+    assert "no checkpoint" in refused(capsys, "--resume", "nowhere.pt")
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        Path("cut.pt").write_bytes(whole[:length])
+        assert "not a whole checkpoint" in refused(capsys, "--resume", "cut.pt")
+        assert "not a whole checkpoint" in refused(capsys, "--generate", "cut.pt")
+    torch.save({"script": "cgan"}, "other.pt")
+    assert "checkpoint of cgan" in refused(capsys, "--resume", "other.pt")
+    torch.save([1], "list.pt")
+    refused(capsys, "--resume", "list.pt")
+
+
+def test_checkpoint_can_not_run_code(capsys):
+    class Payload:
+        def __reduce__(self):
+            return (os.system, ("touch owned",))
+
+    with open("evil.pt", "wb") as file:
+        pickle.dump(Payload(), file)
+    refused(capsys, "--resume", "evil.pt")
+    assert not Path("owned").exists()
+
+
+def test_cuda_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in refused(capsys, "--dataset", "digits", "--device", "cuda")
+
+
+@pytest.mark.parametrize("log_every, first_bad", [(5, 3), (100, 46)])
+def test_nan_stops_the_run_and_names_the_first_bad_step(log_every, first_bad, capsys, monkeypatch):
+    """At a log line, and at a checkpoint; the last good checkpoint stays."""
+    step = infogan.train_step
+
+    def spoiled(model, data, index):
+        spoiled.calls += 1
+        return step(model, data, index) + (math.inf if spoiled.calls == first_bad else 0)
+
+    spoiled.calls = 0
+    monkeypatch.setattr(infogan, "train_step", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", 2, "--log-every", log_every, "--out", "run")
+    assert stop.value.code == 2
+    assert f"at update {first_bad};" in capsys.readouterr().err
+    if first_bad > 44:
+        assert checkpoint("run")["step"] == 44
+    else:
+        assert not Path("run/checkpoint.pt").exists() and rows("run") == []
+
+
+def test_full_disk_leaves_the_previous_checkpoint(capsys, monkeypatch):
+    run("--max-steps", 2, "--out", "run")
+    before = Path("run/checkpoint.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(infogan.os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        infogan.main(["--resume", "run/checkpoint.pt", "--max-steps", "4"])
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert Path("run/checkpoint.pt").read_bytes() == before
+    assert not list(Path("run").glob("*.tmp"))
+
+
+# ------------------------------------------------------------------ copied alone
+def test_script_alone_in_an_empty_folder():
+    """The file by itself, as someone who copies it has it: no extension, no repository."""
+    shutil.copy(ROOT / "infogan.py", "infogan.py")
+    hide = "import sys, runpy; sys.modules['gan_kernels'] = None; sys.argv[0] = 'infogan.py'; "
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        hide + "runpy.run_path('infogan.py', run_name='__main__')",
+    ]
+    flags = ["--dataset", "digits", "--max-steps", "1", "--batch-size", "8", "--out", "run"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("run/summary.json").read_text())["kernels"] == "reference"
