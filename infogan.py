@@ -24,6 +24,16 @@ label is ever shown. Q is D with another last layer (appendix C).
 The script measures the claims: L_I beside its ceiling H(c) (figure 1), the test accuracy of Q's
 first category as a classifier (section 7.2: 5 % error), and what each continuous code does to the
 digit (figure 2). Labels are used in that measurement and nowhere else.
+
+As in the authors' code (openai/InfoGAN), L_I is in D's loss too, so that the trunk that D and Q share
+learns from it, and Q is on D's optimiser. As in the paper and not in that code: variances of Q are
+learned, the continuous codes have the smaller lambda, the leaky slope is 0.1. Departures:
+
+- D and Q see every image shifted by up to 2 pixels and rotated by up to 9 degrees. Without it a
+  category tends to swallow two digits or to split one: after 1,500 updates the accuracy was 0.74 and
+  0.82 (seeds 0 and 1), with it 0.91 and 0.94. --shift 0 --rotate 0 is the paper.
+- Noise is normal and images end in a tanh; the code has uniform noise and a sigmoid (the paper is
+  silent), and with its other settings stood at 0.72 where this stood at 0.80 (1,500 updates, seed 1).
 """
 
 from __future__ import annotations
@@ -52,7 +62,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from sklearn.datasets import load_digits
 from torch import nn
 from torchvision import datasets
@@ -81,12 +91,7 @@ def arguments():
     add("--lr-d", type=at_least(0, float), default=2e-4, help="learning rate of D and Q (2e-4)")
     add("--lr-g", type=at_least(0, float), default=1e-3, help="learning rate of G (1e-3)")
     add("--category", type=at_least(0), nargs="+", help="with --generate: the categorical codes")
-    add(
-        "--code",
-        type=at_least(-math.inf, float),
-        nargs="+",
-        help="with --generate: the continuous codes, -2 to 2",
-    )
+    add("--code", type=at_least(-math.inf, float), nargs="+", help="and the continuous, -2 to 2")
     return parser
 
 
@@ -497,8 +502,11 @@ def digit_shape(images):
 
 def mean_rho(values):
     """Spearman's rho between each row of values (rows, points) and its index, averaged."""
-    rho = [spearmanr(range(len(row)), row).statistic for row in values.tolist()]
-    return float(np.nan_to_num(rho).mean())  # a constant row has none
+    ranks = rankdata(values.cpu().numpy(), axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    index = np.arange(ranks.shape[1]) - (ranks.shape[1] - 1) / 2
+    norm = np.sqrt((ranks**2).sum(axis=1) * (index**2).sum())
+    return float(np.mean(ranks @ index / np.maximum(norm, 1e-9)))  # 0 for a constant row
 
 
 def finish(model, data, folder, rows):
@@ -962,6 +970,10 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
+    if missing := {*PROGRESS, "config", "channels", "rng"} - state.keys():
+        raise UsageError(
+            f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
+        )
     return state
 
 

@@ -103,8 +103,8 @@ def test_run_folder(finished):
         "checkpoint.pt",
     }  # fmt: skip
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [
-        "0000044.png",
-        "0000088.png",
+        "0000010.png",
+        "0000020.png",
     ]
     for picture in finished.rglob("*.png"):
         with Image.open(picture) as image:
@@ -433,7 +433,9 @@ def test_bad_checkpoints(finished, capsys):
     torch.save({"script": "cgan"}, "other.pt")
     assert "checkpoint of cgan" in refused(capsys, "--resume", "other.pt")
     torch.save([1], "list.pt")
-    refused(capsys, "--resume", "list.pt")
+    assert "not a whole checkpoint" in refused(capsys, "--resume", "list.pt")
+    torch.save({"script": "infogan", "step": 3}, "part.pt")
+    assert "it lacks channels, config" in refused(capsys, "--resume", "part.pt")
 
 
 def test_checkpoint_can_not_run_code(capsys):
