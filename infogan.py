@@ -438,11 +438,16 @@ def save_curves(model, path, rows):
 # ------------------------------------------------------------------ evaluation (section 7)
 @torch.no_grad()
 def evaluate(model, data):
-    """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category."""
+    """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category.
+
+    L_I is taken with batch statistics, as in training: the running averages of D mix real images
+    with generated ones. The accuracy is taken with those averages, so one image at a time.
+    """
     g, d, latent = model.generator, model.discriminator, model.latent
     noise, category, code = latent.sample(2000, *device_and_rng(g, 2))
     batches = zip(noise.split(500), category.split(500), code.split(500))
-    q = torch.cat([d.q(d(g(*batch))) for batch in batches])
+    with batch_statistics(d):
+        q = torch.cat([d.q(d(g(*batch))) for batch in batches])
     nll = torch.stack(info_loss_reference(q, category, code, latent.categorical)).tolist()
     accuracy = None
     if latent.categorical[:1] == (len(data.classes),):
@@ -459,6 +464,17 @@ def evaluate(model, data):
         "mi_continuous_max": ceiling if model.args.unit_variance else None,
         "accuracy": accuracy,
     }
+
+
+@contextlib.contextmanager
+def batch_statistics(network):
+    """Batch norm by each batch's own statistics, leaving the running averages as they are."""
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    yield
+    for norm in norms:
+        norm.training, norm.track_running_stats = False, True
 
 
 def matched_accuracy(category, label, k):

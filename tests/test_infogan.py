@@ -337,9 +337,24 @@ def test_evaluation_figures():
     assert math.isclose(figures["mi_categorical_max"], math.log(10))
     assert math.isclose(figures["mi_continuous_max"], 2 * math.log(2) - math.log(2 * math.pi))
     assert 0 <= figures["accuracy"] <= 1
-    assert model.generator.training and model.discriminator.training
     model, data = model_and_data()
     assert infogan.evaluate(model, data)["mi_continuous_max"] is None
+
+
+def test_mutual_information_is_measured_as_in_training_and_changes_nothing():
+    model, data = model_and_data()
+    for _ in range(3):
+        infogan.train_step(model, data, torch.arange(16))
+    g, d = model.generator.eval(), model.discriminator.eval()
+    before = {name: value.clone() for name, value in d.state_dict().items()}
+    with torch.no_grad(), infogan.batch_statistics(d):
+        images = g(*model.latent.sample(32, "cpu"))
+        inside = d(images)
+    assert not any(module.training for module in d.modules())
+    assert all(torch.equal(value, before[name]) for name, value in d.state_dict().items())
+    with torch.no_grad():
+        assert not torch.allclose(d(images), inside, atol=1e-3)
+        assert torch.allclose(d.train()(images), inside, atol=1e-5)
 
 
 def test_import_leaves_no_trace():
