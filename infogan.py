@@ -376,7 +376,7 @@ def load_generator(path, device="cpu"):
     """The trained generator of a checkpoint, for `sample(load_generator(path), 64)`."""
     state = load_checkpoint(path)
     generator = Generator(latent_of(argparse.Namespace(**state["config"])), state["channels"])
-    generator.load_state_dict(state["generator"])
+    load_parts({"generator": generator}, state, path)
     return generator.eval().requires_grad_(False).to(device)
 
 
@@ -899,8 +899,7 @@ class Run:
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, state):
-        for name, part in self.model.parts.items():
-            part.load_state_dict(state[name])
+        load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
@@ -991,6 +990,15 @@ def load_checkpoint(path):
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )
     return state
+
+
+def load_parts(parts, state, path):
+    """Loads networks and optimisers from a checkpoint's state."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
 
 
 def main(argv=None):

@@ -436,6 +436,11 @@ def test_bad_checkpoints(finished, capsys):
     assert "not a whole checkpoint" in refused(capsys, "--resume", "list.pt")
     torch.save({"script": "infogan", "step": 3}, "part.pt")
     assert "it lacks channels, config" in refused(capsys, "--resume", "part.pt")
+    other = checkpoint(finished)
+    other["config"]["categorical"] = [7]
+    torch.save(other, "codes.pt")
+    assert "is of another model" in refused(capsys, "--resume", "codes.pt")
+    assert "is of another model" in refused(capsys, "--generate", "codes.pt")
 
 
 def test_checkpoint_can_not_run_code(capsys):
