@@ -188,6 +188,24 @@ def test_baseline_q_only_watches():
     assert not moved(model.generator, before_g)
 
 
+def test_step_is_the_same_with_fused_kernels():
+    """The default picks up gan_kernels by itself; losses and gradients agree."""
+    results = []
+    for choice in ("auto", "reference"):
+        model, data = model_and_data("--kernels", choice, "--lr-d", "0", "--lr-g", "0")
+        losses = infogan.train_step(model, data, torch.arange(16))
+        results.append((model, losses))
+    (fused, a), (reference, b) = results
+    assert fused.kernels == "fused" and reference.kernels == "reference"
+    assert torch.allclose(a, b, atol=1e-5)
+    for network in ("generator", "discriminator"):
+        f, r = (
+            torch.cat([p.grad.flatten() for p in getattr(model, network).parameters()])
+            for model in (fused, reference)
+        )
+        assert (f - r).norm() <= 1e-4 * r.norm()
+
+
 def test_losses_are_those_of_the_paper():
     """At chance D's loss is 2 log 2 and G's log 2; L_I of an uninformed Q is H(c) - log 10 = 0."""
     model, data = model_and_data("--lr-d", "0", "--lr-g", "0")

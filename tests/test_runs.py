@@ -242,7 +242,8 @@ def test_generate(finished, capsys):
 def write_kernels(monkeypatch, text):
     Path("gan_kernels.py").write_text(text)
     monkeypatch.syspath_prepend(str(Path.cwd()))
-    monkeypatch.delitem(sys.modules, "gan_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "gan_kernels", None)  # so that it is put back afterwards
+    del sys.modules["gan_kernels"]
 
 
 WORKING = "from infogan import info_loss_reference as info_loss"
@@ -256,7 +257,6 @@ def test_installed_kernel_is_used_and_named(monkeypatch, capsys):
     assert json.loads(Path("a/summary.json").read_text())["kernels"] == "fused"
     infogan.main([*flags, "--out", "b", "--kernels", "reference"])
     assert json.loads(Path("b/summary.json").read_text())["kernels"] == "reference"
-    monkeypatch.delitem(sys.modules, "gan_kernels")
 
 
 def test_broken_kernel_is_said(monkeypatch, capsys):

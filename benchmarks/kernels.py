@@ -1,0 +1,291 @@
+"""Time the kernels against what PyTorch offers, as ratios measured in one run.
+
+    python benchmarks/kernels.py            # every row; writes benchmarks/kernels-<device>.{md,png}
+    python benchmarks/kernels.py --smoke    # the smallest rows once, nothing written
+
+Every figure is a median of interleaved repeats: each repeat runs all the contestants of a row in
+turn, so that a slow moment of the machine falls on all of them.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import gan_kernels
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from infogan import info_loss_reference  # noqa: E402
+
+BATCHES = [64, 128, 1024, 16_384, 131_072, 1_048_576, 4_194_304]
+LATENTS = [([10], 2), ([10, 10, 10, 10], 4)]
+
+
+def medians(contestants, device, seconds):
+    """Return each contestant's median time in seconds; contestants is a dict of functions."""
+
+    def once(function, calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    for function in contestants.values():
+        function()
+    estimate = {name: once(function, 1) for name, function in contestants.items()}
+    calls = {name: max(1, int(0.02 / max(t, 1e-7))) for name, t in estimate.items()}
+    one_round = sum(max(estimate[name], 0.02) for name in contestants)
+    rounds = max(3, min(51, int(seconds / one_round)))
+    times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, function in contestants.items():
+            times[name].append(once(function, calls[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def info_loss_rows(device, batches, seconds):
+    """Yield one row a batch and latent code: forward and backward of a + 0.1 b to q."""
+    compiled = torch.compile(info_loss_reference, dynamic=False)
+    for sizes, n in LATENTS:
+        torch._dynamo.reset()
+        for batch in batches:
+            q = torch.randn(batch, sum(sizes) + 2 * n, device=device, requires_grad=True)
+            category = torch.stack([torch.randint(s, (batch,), device=device) for s in sizes], 1)
+            code = torch.rand(batch, n, device=device) * 2 - 1
+            rest = category, code, sizes
+
+            def step(loss, q=q, rest=rest):
+                a, b = loss(q, *rest)
+                return torch.autograd.grad(a + 0.1 * b, q)
+
+            source, target = q.detach(), torch.empty_like(q)
+            t = medians(
+                {
+                    "fused": lambda step=step: step(gan_kernels.info_loss),
+                    "eager": lambda step=step: step(info_loss_reference),
+                    "compiled": lambda step=step: step(compiled),
+                    "copy": lambda source=source, target=target: target.copy_(source),
+                },
+                device,
+                seconds,
+            )
+            yield {
+                "latents": "(" + ",".join(map(str, sizes)) + f")+{n}",
+                "batch": batch,
+                "fused, us": t["fused"] * 1e6,
+                "eager / fused": t["eager"] / t["fused"],
+                "compile / fused": t["compiled"] / t["fused"],
+                "fused / 2 copies": t["fused"] / (2 * t["copy"]),
+            }
+
+
+class Residual(nn.Module):
+    """A residual block of the paper's CIFAR critic, halving the image if down."""
+
+    def __init__(self, channels, out, down):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, out, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1),
+            *([nn.AvgPool2d(2)] if down else []),
+        )
+        self.shortcut = nn.Sequential(
+            *([nn.AvgPool2d(2)] if down else []),
+            *([nn.Conv2d(channels, out, 1)] if down or channels != out else []),
+        )
+
+    def forward(self, x):
+        return self.shortcut(x) + self.body(x)
+
+
+class Mean(nn.Module):
+    """The mean over the image, of shape (batch, channels)."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def critics():
+    """Yield (name, critic, shape of its input)."""
+
+    def leaky():
+        return nn.LeakyReLU(0.2)
+
+    conv = nn.Conv2d
+    yield (
+        "MNIST, 5x5 stride 2, 64-128-256",
+        nn.Sequential(
+            conv(1, 64, 5, 2, 2), leaky(), conv(64, 128, 5, 2, 2), leaky(),
+            conv(128, 256, 5, 2, 2), leaky(), nn.Flatten(), nn.Linear(4096, 1),
+        ),
+        (64, 1, 28, 28),
+    )  # fmt: skip
+    yield (
+        "DCGAN, 64x64",
+        nn.Sequential(
+            conv(3, 64, 4, 2, 1), leaky(), conv(64, 128, 4, 2, 1), leaky(),
+            conv(128, 256, 4, 2, 1), leaky(), conv(256, 512, 4, 2, 1), leaky(),
+            conv(512, 1, 4), nn.Flatten(),
+        ),
+        (16, 3, 64, 64),
+    )  # fmt: skip
+    yield (
+        "MLP, 784-512-512-256",
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 512), leaky(), nn.Linear(512, 512), leaky(),
+            nn.Linear(512, 256), leaky(), nn.Linear(256, 1),
+        ),
+        (256, 1, 28, 28),
+    )  # fmt: skip
+    first = nn.Sequential(conv(3, 128, 3, padding=1), nn.ReLU(), conv(128, 128, 3, padding=1))
+    yield (
+        "CIFAR residual, 128",
+        nn.Sequential(
+            first, nn.AvgPool2d(2), Residual(128, 128, True), Residual(128, 128, False),
+            Residual(128, 128, False), nn.ReLU(), Mean(), nn.Linear(128, 1),
+        ),
+        (16, 3, 32, 32),
+    )  # fmt: skip
+    yield (
+        "MNIST with layer norm",
+        nn.Sequential(
+            conv(1, 64, 5, 2, 2), nn.LayerNorm([64, 14, 14]), leaky(),
+            conv(64, 128, 5, 2, 2), nn.LayerNorm([128, 7, 7]), leaky(),
+            conv(128, 256, 5, 2, 2), nn.LayerNorm([256, 4, 4]), leaky(),
+            nn.Flatten(), nn.Linear(4096, 1),
+        ),
+        (64, 1, 28, 28),
+    )  # fmt: skip
+
+
+def plain_penalty(critic, x):
+    """The penalty as it is usually written."""
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return ((g.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+def penalty_rows(device, shrink, seconds):
+    """Yield one row a critic: the penalty and its gradients in the parameters.
+
+    The floor of a piecewise-linear critic is forward + (forward and backward), the backward to the
+    input as well as to the parameters; with curvature it is twice (forward and backward).
+    """
+    for name, critic, shape in critics():
+        critic = critic.to(device)
+        x = torch.randn(max(2, shape[0] // shrink), *shape[1:], device=device)
+        parameters = list(critic.parameters())
+
+        def forward(critic=critic, x=x):
+            with torch.no_grad():
+                critic(x)
+
+        def both(wanted, critic=critic, x=x):
+            return torch.autograd.grad(critic(x).sum(), wanted)
+
+        def gradients(penalty, critic=critic, x=x, parameters=parameters):
+            return torch.autograd.grad(penalty(critic, x), parameters, allow_unused=True)
+
+        leaf = x.clone().requires_grad_()
+        t = medians(
+            {
+                "ours": lambda f=gradients: f(gan_kernels.gradient_penalty),
+                "plain": lambda f=gradients: f(plain_penalty),
+                "forward": forward,
+                "parameters": lambda f=both, p=parameters: f(p),
+                "all": lambda f=both, c=critic, p=parameters, v=leaf: f([v, *p], c, v),
+            },
+            device,
+            seconds,
+        )
+        curved = any(isinstance(module, nn.LayerNorm) for module in critic.modules())
+        floor = 2 * t["all"] if curved else t["forward"] + t["all"]
+        strict = 2 * t["parameters"] if curved else t["forward"] + t["parameters"]
+        yield {
+            "critic": name,
+            "batch": len(x),
+            "ours, ms": t["ours"] * 1e3,
+            "plain / ours": t["plain"] / t["ours"],
+            "ours / floor": t["ours"] / floor,
+            "plain / floor": t["plain"] / floor,
+            "ours / floor without x": t["ours"] / strict,
+        }
+
+
+def table(rows):
+    """Return rows, dictionaries with the same keys, as a Markdown table."""
+
+    def text(value):
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
+    lines += [" | ".join(map(text, row.values())) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plot(info, penalties, path):
+    """Draw both tables as one figure."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for latents in dict.fromkeys(row["latents"] for row in info):
+        chosen = [row for row in info if row["latents"] == latents]
+        batches = [row["batch"] for row in chosen]
+        for key, style in (("eager / fused", "o-"), ("compile / fused", "s--")):
+            left.plot(batches, [row[key] for row in chosen], style, label=f"{key}, {latents}")
+    left.set(xscale="log", xlabel="batch", ylabel="times faster", title="info_loss")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.legend(fontsize=7)
+    places = range(len(penalties))
+    for shift, key in ((-0.2, "plain / floor"), (0.2, "ours / floor")):
+        right.barh([i + shift for i in places], [row[key] for row in penalties], 0.38, label=key)
+    right.set_yticks(list(places), [row["critic"] for row in penalties], fontsize=7)
+    right.axvline(1, color="grey", linewidth=0.8)
+    right.invert_yaxis()
+    right.set(xlabel="time over the floor", title="gradient_penalty")
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each row")
+    parser.add_argument("--smoke", action="store_true", help="the smallest rows, nothing written")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    seconds = 0.0 if args.smoke else args.seconds
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    head = (
+        f"{machine or platform.machine()}, {args.threads} threads, PyTorch {torch.__version__}; "
+        f"{gan_kernels.build_info()}"
+    )
+    print(head)
+    info = list(info_loss_rows(args.device, BATCHES[:2] if args.smoke else BATCHES, seconds))
+    print("\n" + table(info))
+    penalties = list(penalty_rows(args.device, 32 if args.smoke else 1, seconds))
+    print("\n" + table(penalties))
+    if not args.smoke:
+        text = "\n\n".join([head, "## info_loss", table(info), "## gradient_penalty"])
+        (HERE / f"kernels-{args.device}.md").write_text(f"{text}\n\n{table(penalties)}\n")
+        plot(info, penalties, HERE / f"kernels-{args.device}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""InfoGAN's information loss (Chen et al. 2016, arXiv 1606.03657, section 5), fused."""
+
+import torch
+from torch._C import _are_functorch_transforms_active
+
+from gan_kernels._library import ops
+
+_forward = ops.info_loss.default
+_backward = ops.info_loss_backward.default
+
+
+def _loss_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("gan_kernels::info_loss")
+def _(q, category, code, sizes):
+    return q.new_empty((), dtype=_loss_dtype(q)), q.new_empty((), dtype=_loss_dtype(q))
+
+
+@torch.library.register_fake("gan_kernels::info_loss_backward")
+def _(categorical_gradient, continuous_gradient, q, category, code, sizes):
+    return q.new_empty(q.shape)
+
+
+def _plain_backward(categorical_gradient, continuous_gradient, q, category, code, sizes):
+    """Return what _backward returns, as operations that autograd can differentiate again."""
+    n = code.shape[1]
+    x = q.to(_loss_dtype(q))
+    *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)
+    precision = torch.exp(-rest) if rest.shape[1] else 1.0
+    a, b = categorical_gradient / len(q), continuous_gradient / len(q)
+    error = code - mean
+    parts = []
+    for logit, index in zip(logits, category.unbind(1), strict=True):
+        hit = index[:, None] == torch.arange(logit.shape[1], device=q.device)
+        parts.append(a * (logit.softmax(1) - hit.to(x.dtype)))
+    parts.append(-b * error * precision)
+    if rest.shape[1]:
+        parts.append(b * (0.5 - 0.5 * error**2 * precision))
+    return torch.cat(parts, dim=1).to(q.dtype)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+class _InfoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, category, code, sizes):
+        _save(ctx, (q, category, code, sizes), None)
+        return _forward(q, category, code, sizes)
+
+    @staticmethod
+    def backward(ctx, categorical_gradient, continuous_gradient):
+        q, category, code = ctx.saved_tensors
+        # Gradients that will be differentiated again come from operations autograd knows.
+        backward = _plain_backward if torch.is_grad_enabled() else _backward
+        gradient = backward(categorical_gradient, continuous_gradient, q, category, code, ctx.sizes)
+        code_gradient = None
+        if ctx.needs_input_grad[2]:  # the code's gradient is minus the mean's
+            first = sum(ctx.sizes)
+            code_gradient = -gradient[:, first : first + code.shape[1]].to(code.dtype)
+        return gradient, None, code_gradient, None
+
+
+class _TransformedInfoLoss(_InfoLoss):
+    """The same in the form that torch.func and torch.compile need, which is slower to call."""
+
+    @staticmethod
+    def forward(q, category, code, sizes):
+        return _forward(q, category, code, sizes)
+
+    setup_context = staticmethod(_save)
+
+
+def info_loss(q, category, code, sizes):
+    """Return InfoGAN's information loss, -E[log Q(c|x)], as (categorical_nll, continuous_nll).
+
+    Both are means over the batch in nats, summed over the codes of their kind: cross-entropies of
+    the categorical codes, and negative log densities of a factored Gaussian (with its constant
+    log(2 pi) / 2) for the continuous ones. Source: Chen et al. 2016, eq. 5 and section 6.
+
+    Differentiable in q and code, to any order (from the second on in plain PyTorch).
+
+    Args:
+        q: Q's output [logits of each categorical code | mean | log variance], of shape (batch,
+            sum(sizes) + 2 n), or (batch, sum(sizes) + n) for unit variance, with n the number of
+            continuous codes; float32, float64, bfloat16 or float16, any strides.
+        category: the categories drawn, int64, (batch, len(sizes)).
+        code: the continuous codes drawn, (batch, n), float32 or of q's dtype.
+        sizes: the number of categories of each categorical code, a sequence of int.
+
+    Returns:
+        Two scalars: float64 if q is, otherwise float32.
+
+    Raises:
+        RuntimeError: an argument, which is named, has a shape, dtype or device that does not fit,
+            or holds a category outside its range. On CUDA such a category gives NaN instead, as
+            finding it would wait for the device.
+    """
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return _TransformedInfoLoss.apply(q, category, code, sizes)
+    return _InfoLoss.apply(q, category, code, sizes)

@@ -1,0 +1,201 @@
+"""The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
+
+import torch
+
+from gan_kernels._library import ops
+from gan_kernels._operations import Rewritten, with_zeros
+
+_forward = ops.penalty.default
+_backward = ops.penalty_backward.default
+
+
+def _norm_dtype(gradient):
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("gan_kernels::penalty")
+def _(gradient, target):
+    dtype = _norm_dtype(gradient)
+    return gradient.new_empty((), dtype=dtype), gradient.new_empty(gradient.shape[:1], dtype=dtype)
+
+
+@torch.library.register_fake("gan_kernels::penalty_backward")
+def _(penalty_gradient, gradient, norms, target):
+    return torch.empty_like(gradient)
+
+
+def _plain_backward(penalty_gradient, gradient, target):
+    """Return what _backward returns, as operations that autograd can differentiate again."""
+    rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
+    squares = (rows * rows).sum(1)
+    # The root's own derivative is infinite at zero, so it never sees a zero.
+    norms = torch.where(squares > 0, squares, 1).sqrt()
+    scale = torch.where(squares > 0, 2 * (norms - target) / (len(rows) * norms), 0)
+    scaled = rows * (penalty_gradient * scale)[:, None]
+    return scaled.view(gradient.shape).to(gradient.dtype)
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty of a gradient, and a zero gradient for each of the `silent` parameters."""
+
+    @staticmethod
+    def forward(ctx, gradient, target, *silent):
+        penalty, norms = _forward(gradient, target)
+        ctx.mark_non_differentiable(norms)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, norms)
+        ctx.target, ctx.silent = target, silent
+        return penalty, norms
+
+    @staticmethod
+    def backward(ctx, penalty_gradient, _):
+        gradient, norms = ctx.saved_tensors
+        result = None
+        if penalty_gradient is None:
+            return None, None, *[None] * len(ctx.silent)
+        if ctx.needs_input_grad[0]:
+            # A gradient that will be differentiated again comes from operations autograd knows.
+            if torch.is_grad_enabled():
+                result = _plain_backward(penalty_gradient, gradient, ctx.target)
+            else:
+                result = _backward(penalty_gradient, gradient, norms, ctx.target)
+        return result, None, *map(torch.zeros_like, ctx.silent)
+
+
+def _walk(roots):
+    """Return {node: its children} of the autograd graph below roots, children before parents."""
+    below, stack = {}, [(root, None) for root in roots]
+    while stack:
+        node, children = stack.pop()
+        if children is not None:
+            below[node] = children
+        elif node not in below:
+            children = [child for child, _ in node.next_functions if child is not None]
+            if children:
+                stack.append((node, children))
+                stack.extend((child, None) for child in children if child not in below)
+            else:
+                below[node] = children
+    return below
+
+
+def _leaves(graph):
+    """Return the tensors whose gradients are accumulated in the graph's last nodes."""
+    return [
+        node.variable
+        for node, children in graph.items()
+        if not children and hasattr(node, "variable")
+    ]
+
+
+def _silent_parameters(scores, x, rewritten):
+    """Return the parameters that plain autograd would give a gradient of zeros, and we perhaps none.
+
+    Plain autograd sends zeros from every piecewise-linear operation between x and the scores to all
+    that lies below it: a bias, say, gets zeros rather than no gradient at all. Left out are the
+    weights that are sure to have a gradient, as adding zeros to large ones takes time.
+    """
+    leads_to_x = set()
+    for node, children in _walk([scores.grad_fn]).items():
+        if leads_to_x.intersection(children) if children else getattr(node, "variable", 0) is x:
+            leads_to_x.add(node)
+    below = _walk([node for node in rewritten.silenced if node in leads_to_x])
+    weights = [weight for node, weight in rewritten.weighted if node in leads_to_x]
+    sure = _leaves(_walk([weight.grad_fn for weight in weights if weight.grad_fn is not None]))
+    left_out = {id(tensor) for tensor in [x, *weights, *sure]}
+    return [tensor for tensor in _leaves(below) if id(tensor) not in left_out]
+
+
+def _traced_penalty(critic, x, target):
+    """Return (penalty, norms) in a region that torch.compile compiles with both its gradients."""
+    x = x.detach().requires_grad_()
+    rewritten = Rewritten()
+    with rewritten:
+        scores = critic(x)
+    _check_scores(scores, x)
+    (gradient,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+    rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
+    squares = (rows * rows).sum(1)
+    norms = torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)
+    penalty = ((norms - target) ** 2).mean()
+    silent = [p for p in rewritten.below if p.requires_grad]
+    return with_zeros(penalty, *silent) if silent else penalty, norms.detach()
+
+
+def _check_scores(scores, x):
+    if not isinstance(scores, torch.Tensor) or scores.shape not in [(len(x),), (len(x), 1)]:
+        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"gradient_penalty: critic must return one score a row, not {got}")
+
+
+def _eager_penalty(critic, x, target):
+    """Return (penalty, norms)."""
+    twice = torch.is_grad_enabled()
+    gradient = None
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        # A compiled critic runs as it was written: compiled code cannot be differentiated twice.
+        with torch.compiler.set_stance("force_eager"), Rewritten() as rewritten:
+            scores = critic(x)
+        _check_scores(scores, x)
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
+            )
+    if gradient is None:
+        raise ValueError("gradient_penalty: the critic's scores do not depend on x")
+    silent = []
+    if twice and rewritten.silenced:
+        silent = _silent_parameters(scores, x, rewritten)
+    return _Penalty.apply(gradient, target, *silent)
+
+
+# Where torch.compile does not trace autograd.grad, the penalty is left out of what it compiles.
+_uncompiled_penalty = torch.compiler.disable(_eager_penalty)
+
+
+def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
+    """Return the mean over the batch of (|d critic(x) / dx|_2 - target)^2.
+
+    On points between real and fake samples with target 1 it is WGAN-GP's penalty (Gulrajani et al.
+    2017, eq. 3); on real or fake samples with target 0 it is R1 or R2 (Mescheder et al. 2018, eq. 9
+    and 10, without the factor gamma / 2). Differentiable in the critic's parameters, to any order,
+    with the gradients of plain double backward: the critic is run once, with its convolutions,
+    piecewise-linear activations, pooling and padding rewritten while it runs so that the second pass
+    does no wasted work; anything else goes through plain autograd.
+
+    A row whose gradient is exactly zero adds target^2 and a zero gradient.
+
+    Inside torch.compile, with torch._dynamo.config.trace_autograd_ops, a whole critic update with its
+    gradients compiles; without that setting the penalty itself runs uncompiled, as it does for a
+    critic that is compiled already.
+
+    Args:
+        critic: a callable from (batch, ...) to one score a row, (batch,) or (batch, 1); each score
+            may depend on its own row alone, or the penalty is that of the sum of the scores.
+        x: where to take the gradient, (batch, ...), floating point; detached.
+        target: the norm that costs nothing.
+        return_norms: also return the norms.
+
+    Returns:
+        The penalty, a scalar; with return_norms a pair of it and the norms, (batch,), detached.
+        Both are float64 if x is, otherwise float32. Inside torch.no_grad the penalty is a number
+        without a graph.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: x has an empty batch, or the scores have another shape or do not depend on x.
+        CheckpointError: the critic uses torch.utils.checkpoint, which would recompute it unrewritten.
+        RuntimeError: inside a transform of torch.func, or where plain double backward raises it.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError("gradient_penalty: x must be a floating-point tensor")
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError("gradient_penalty: x has an empty batch")
+    if not torch.compiler.is_compiling():
+        penalty, norms = _eager_penalty(critic, x, float(target))
+    elif getattr(torch._dynamo.config, "trace_autograd_ops", False):
+        penalty, norms = _traced_penalty(critic, x, float(target))
+    else:
+        penalty, norms = _uncompiled_penalty(critic, x, float(target))
+    return (penalty, norms) if return_norms else penalty

@@ -1,0 +1,795 @@
+"""gradient_penalty against plain double backward: same values, same gradients, same absences."""
+
+import copy
+import itertools
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gan_kernels import gradient_penalty
+from gan_kernels._penalty import _Penalty
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.flop_counter import flop_registry
+
+ops = torch.ops.gan_kernels
+TRACES_GRADIENTS = hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+def plain_penalty(critic, x, target=1.0):
+    """Return (penalty, norms) by plain double backward; a zero gradient row has the norm zero."""
+    x = x.detach().requires_grad_()
+    scores = critic(x)
+    (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+    squares = g.reshape(len(g), -1).square().sum(1)
+    norms = torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)
+    return ((norms - target) ** 2).mean(), norms.detach()
+
+
+def gradients(penalty, parameters, **options):
+    return torch.autograd.grad(penalty, parameters, allow_unused=True, **options)
+
+
+def assert_same_gradients(got, want, tolerance):
+    """Both None or both equal, within tolerance of the length of all gradients together."""
+    scale = max(1e-30, sum(float(g.detach().double().norm()) for g in want if g is not None))
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert float((a - b).detach().double().norm()) <= tolerance * scale
+
+
+def compare_third_order(first, parameters, second, twins, tolerance):
+    """Differentiate the square of all gradients once more, where plain autograd can."""
+
+    def squared(gs, parameters):
+        total = sum(g.pow(2).sum() for g in gs if g is not None)
+        third = gradients(total, parameters)
+        return [
+            torch.zeros_like(p) if g is None else g for g, p in zip(third, parameters, strict=True)
+        ]
+
+    try:
+        want = squared(second, twins)
+    except RuntimeError:  # batch norm, for one, has no third derivative
+        return
+    assert_same_gradients(squared(first, parameters), want, 10 * tolerance)
+
+
+def compare(critic, x, tolerance=1e-10, target=1.0, order=2):
+    """Compare one critic with its copy under plain autograd; with order 3 once more differentiated."""
+    twin = copy.deepcopy(critic)
+    if order > 2:
+        for name, layer in list(twin.named_children()):
+            if isinstance(layer, nn.LayerNorm):
+                setattr(twin, name, PlainLayerNorm(layer))
+    parameters, twins = (
+        [p for p in c.parameters() if p.requires_grad] if isinstance(c, nn.Module) else []
+        for c in (critic, twin)
+    )
+    torch.manual_seed(3)
+    try:
+        want, want_norms = plain_penalty(twin, x, target)
+    except RuntimeError as error:  # an in-place operation on what is still needed
+        assert "inplace" in str(error)
+        with pytest.raises(RuntimeError, match="inplace"):
+            gradient_penalty(critic, x)
+        return
+    torch.manual_seed(3)
+    got, norms = gradient_penalty(critic, x, target=target, return_norms=True)
+    assert not norms.requires_grad
+    scale = max(1.0, float(want_norms.max()))
+    assert float((norms - want_norms).abs().max()) <= tolerance * scale
+    assert float((got - want).detach().abs()) <= tolerance * max(1.0, float(want.detach()))
+    first, second = (
+        gradients(p, q, create_graph=order > 2) for p, q in ((got, parameters), (want, twins))
+    )
+    assert_same_gradients(first, second, tolerance)
+    if order > 2:
+        compare_third_order(first, parameters, second, twins, tolerance)
+    for (name, a), b in zip(critic.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), f"{name} was changed in another way"
+
+
+class PlainLayerNorm(nn.Module):
+    """Layer norm from its parts: the third derivative of PyTorch's own is silently wrong (2.15)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.dims = tuple(range(-len(layer.normalized_shape), 0))
+
+    def forward(self, x):
+        centred = x - x.mean(self.dims, keepdim=True)
+        variance = centred.square().mean(self.dims, keepdim=True)
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+class Residual(nn.Module):
+    def __init__(self, body, shortcut):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x):
+        y = self.shortcut(x)
+        return y + self.body(x)
+
+
+class Twice(nn.Module):
+    """A shared submodule."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self.body(x))
+
+
+def random_convolution(pick, n, channels, out):
+    kernel = pick.choice([1, 2, 3, 4, 5])
+    groups = pick.choice([1, 1, 2])
+    options = {"bias": pick.random() < 0.8, "groups": groups}
+    if pick.random() < 0.25:
+        stride = pick.choice([1, 2, 3])
+        transpose = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][n - 1]
+        options |= {"stride": stride, "padding": pick.randrange((kernel + 1) // 2)}
+        options |= {"output_padding": pick.randrange(stride), "dilation": pick.choice([1, 1, 2])}
+        layer = transpose(channels, out, kernel, **options)
+    else:
+        plain = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1]
+        options["dilation"] = pick.choice([1, 1, 2])
+        if pick.random() < 0.3:
+            options["padding"] = pick.choice(["same", "valid"])
+        else:
+            options |= {"stride": pick.choice([1, 2]), "padding": pick.randrange(3)}
+        modes = ["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]
+        options["padding_mode"] = pick.choice(modes)
+        layer = plain(channels, out, kernel, **options)
+    wrap = pick.random()
+    if wrap < 0.1:
+        return parametrizations.spectral_norm(layer)
+    if wrap < 0.2:
+        return parametrizations.weight_norm(layer)
+    return layer
+
+
+def random_activation(pick, channels):
+    inplace = pick.random() < 0.4
+    return pick.choice(
+        [
+            lambda: nn.ReLU(inplace),
+            lambda: nn.LeakyReLU(0.2, inplace),
+            lambda: nn.LeakyReLU(0.1, inplace),
+            lambda: nn.ReLU6(inplace),
+            lambda: nn.Hardtanh(-0.5, 0.7, inplace),
+            lambda: nn.PReLU(pick.choice([1, channels])),
+            nn.Tanh,
+            nn.Sigmoid,
+            nn.Softplus,
+            lambda: nn.SiLU(inplace),
+            nn.GELU,
+            lambda: nn.ELU(0.9, inplace),
+            lambda: nn.RReLU(),
+            lambda: nn.Dropout(0.3),
+        ]
+    )()
+
+
+def random_resampling(pick, n):
+    names = ["AvgPool", "MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool"]
+    name = pick.choice([*names, "ReflectionPad", "ReplicationPad", "Upsample"])
+    if name == "Upsample":
+        mode = pick.choice(["nearest", ["linear", "bilinear", "trilinear"][n - 1]])
+        return nn.Upsample(scale_factor=2, mode=mode)
+    layer = getattr(nn, f"{name}{n}d")
+    if "Adaptive" in name:
+        return layer(pick.choice([1, 2, 3]))
+    if "Pad" in name:
+        return layer(1)
+    options = {"ceil_mode": pick.random() < 0.5, "padding": pick.choice([0, 1])}
+    return layer(pick.choice([2, 3]), stride=pick.choice([None, 1, 2]), **options)
+
+
+def random_norm(pick, n, shape):
+    channels = shape[1]
+    return pick.choice(
+        [
+            lambda: nn.LayerNorm(shape[1:]),
+            lambda: nn.GroupNorm(2, channels),
+            lambda: [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d][n - 1](
+                channels, affine=True
+            ),
+            lambda: [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][n - 1](channels),
+        ]
+    )()
+
+
+def random_critic(seed):
+    """Return a random critic in float64 and an input for it."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    n = pick.choice([0, 1, 2, 2, 2, 3])
+    if n == 0:
+        widths = [pick.choice([3, 8, 17]) for _ in range(pick.randrange(2, 5))]
+        layers = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b, bias=pick.random() < 0.8), random_activation(pick, b)]
+            if pick.random() < 0.3:
+                layers.append(nn.LayerNorm(b))
+        critic = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        return critic.double(), torch.randn(5, widths[0], dtype=torch.float64)
+    x = torch.randn(3, pick.choice([1, 2, 4]), *[pick.choice([8, 9, 11])] * n)
+    x = x[:, :, :5, :5] if n == 3 else x
+    layers, y = [], x
+    for _ in range(pick.randrange(2, 6)):
+        channels = y.shape[1]
+        kind = pick.random()
+        if kind < 0.6:
+            out = pick.choice([2, 4, 6])
+            even = channels % 2 == 0
+            layer = random_convolution(pick, n, channels, out) if even else None
+            layer = layer or [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1](channels, out, 3, padding=1)
+        elif kind < 0.75:
+            layer = random_resampling(pick, n)
+        elif kind < 0.85 and channels % 2 == 0 and y[0, 0].numel() > 1:
+            layer = random_norm(pick, n, y.shape)
+        elif kind < 0.95:
+            conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1]
+            body = nn.Sequential(nn.ReLU(), conv(channels, channels, 3, padding=1), nn.ReLU(True))
+            layer = pick.choice([Twice(body), Residual(body, nn.Identity())])
+        else:
+            layer = nn.Identity()
+        try:  # a kernel that does not fit is left out
+            z = layer(y)
+        except RuntimeError:
+            continue
+        if z[0].numel() > 4000:
+            continue
+        layers.append(layer)
+        y = z.detach()
+        if pick.random() < 0.8:
+            layers.append(random_activation(pick, y.shape[1]))
+    critic = nn.Sequential(*layers, nn.Flatten(), nn.Linear(y[0].numel(), 1))
+    if pick.random() < 0.2:  # a frozen parameter
+        pick.choice(list(critic.parameters())).requires_grad_(False)
+    x = x.double()
+    if n == 2 and pick.random() < 0.3:
+        critic, x = (c.to(memory_format=torch.channels_last) for c in (critic, x))
+    return critic.double(), x
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_critics(seed, device):
+    critic, x = random_critic(seed)
+    compare(critic.to(device), x.to(device), 1e-10, target=[1.0, 0.0, 0.3][seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(0, 80, 4))
+def test_random_critics_in_float32(seed, device):
+    critic, x = random_critic(seed)
+    compare(critic.float().to(device), x.float().to(device), 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(0, 80, 5))
+def test_third_derivatives(seed, device):
+    critic, x = random_critic(seed)
+    compare(critic.to(device), x.to(device), 1e-9, order=3)
+
+
+def small_critic(activation=nn.LeakyReLU, dtype=torch.float64, device="cpu"):
+    torch.manual_seed(0)
+    critic = nn.Sequential(
+        nn.Conv2d(2, 4, 3, 2, 1), activation(), nn.Conv2d(4, 6, 3, 2, 1), activation(),
+        nn.Flatten(), nn.Linear(24, 1),
+    )  # fmt: skip
+    return critic.to(device, dtype), torch.randn(5, 2, 8, 8, dtype=dtype, device=device)
+
+
+class Work(TorchDispatchMode):
+    """Counts the floating-point operations of convolutions and matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            count = flop_registry[func._overloadpacket]
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def work_of(penalty, critic, x):
+    with Work() as work:
+        penalty(critic, x).backward()
+    return work.total
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU, nn.ReLU, nn.Tanh])
+def test_work_is_that_of_the_floor(activation):
+    """Forward, backward to the input, tangent forward, weight gradients: four times the forward."""
+    critic, x = small_critic(activation)
+    mlp = nn.Sequential(
+        nn.Linear(9, 9), activation(), nn.Linear(9, 7), activation(), nn.Linear(7, 1)
+    )
+    for net, at in ((critic, x), (mlp, torch.randn(5, 9))):
+        with Work() as forward, torch.no_grad():
+            net(at)
+        ours = work_of(gradient_penalty, net, at)
+        plain = work_of(lambda *a: plain_penalty(*a)[0], net, at)
+        if activation is nn.Tanh:
+            assert ours <= plain
+        else:  # the last layer has no tangent
+            assert 3.5 * forward.total < ours <= 4 * forward.total < plain
+
+
+def test_zero_gradient_rows(device):
+    critic, x = small_critic(nn.ReLU, device=device)
+    with torch.no_grad():
+        critic[0].bias.fill_(-1)  # a black image gives zero everywhere behind the first relu
+    x[1] = 0
+    x[3] = 0
+    for target in (1.0, 0.0):
+        critic.zero_grad()
+        penalty, norms = gradient_penalty(critic, x, target=target, return_norms=True)
+        assert norms[1] == norms[3] == 0 and penalty.isfinite()
+        penalty.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in critic.parameters())
+        compare(critic, x, target=target)
+        rest = x[[0, 2, 4]]
+        want = (gradient_penalty(critic, rest, target=target) * 3 + 2 * target**2) / 5
+        torch.testing.assert_close(penalty, want)
+
+
+def test_a_critic_whose_gradient_is_zero_everywhere(device):
+    critic = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).to(device)
+    with torch.no_grad():
+        critic[0].bias.fill_(-100)
+    penalty = gradient_penalty(critic, torch.randn(6, 3, device=device), target=2.0)
+    assert float(penalty.detach()) == 4.0
+    penalty.backward()
+    assert all(p.grad is None or not p.grad.any() for p in critic.parameters())
+
+
+def test_inplace_activation_changes_what_others_see():
+    class Preactivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            h = self.first(x)
+            F.leaky_relu(h, 0.2, inplace=True)  # the result is not taken
+            y = h + self.second(F.relu_(h + 0.1))
+            y.relu_()
+            torch.relu_(y)
+            F.hardtanh_(y, -3.0, 3.0)
+            F.leaky_relu_(y, 0.3)
+            return y.mean((1, 2, 3))
+
+    torch.manual_seed(0)
+    compare(Preactivation().double(), torch.randn(3, 2, 7, 7, dtype=torch.float64), order=3)
+
+
+class Around(nn.Module):
+    """A critic around one operation."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.operation, self.conv = operation, nn.Conv2d(2, 2, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x):
+        y = self.operation(self.conv(x) * self.scale).flatten(1)
+        return (y.tanh() * torch.linspace(1, 2, y.shape[1]).to(y)).sum(1)
+
+
+def test_every_spelling_is_exact(device):
+    spellings = [
+        lambda x: x.relu(), torch.relu, lambda x: x.clone().relu_(), F.relu6,
+        lambda x: F.leaky_relu(input=x, negative_slope=0.3), lambda x: F.leaky_relu(x, -0.5),
+        lambda x: F.leaky_relu(x.clone(), 0.0, True), lambda x: F.hardtanh(x, inplace=False),
+        lambda x: F.threshold(x, 0.1, 0.0), lambda x: x.clamp(-0.5, 0.5), lambda x: x.abs(),
+        lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect"), lambda x: F.pad(x, (1, 2)),
+        lambda x: F.pad(x, (1, 2, 2, 1), "replicate"), lambda x: F.pad(x, (1, 2, 0, 1), "circular"),
+        lambda x: F.max_pool2d(x, 2, return_indices=True)[0], lambda x: torch.max_pool2d(x, 3, 1),
+        lambda x: F.max_pool2d(x, 3, stride=2, dilation=2, padding=1, ceil_mode=True),
+        lambda x: F.avg_pool2d(x, (2, 3), divisor_override=5), lambda x: F.avg_pool2d(x, [2], 1),
+        lambda x: F.adaptive_avg_pool2d(x, (None, 3)), lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: F.adaptive_max_pool2d(x, (2, None)), lambda x: F.adaptive_max_pool2d(x, (2, 3)),
+        lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[0],
+        lambda x: F.avg_pool1d(x.flatten(2), 3, 2, 1), lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1),
+        lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5), lambda x: F.lp_pool2d(x.abs() + 1, 2, 2),
+        lambda x: F.adaptive_max_pool1d(x.flatten(2), 5), lambda x: F.interpolate(x, size=5),
+        lambda x: F.prelu(x, x.new_tensor([0.3])), lambda x: x.max(dim=2).values, F.celu, F.mish,
+        lambda x: F.conv2d(x, x.new_ones(6, 2, 2, 2), padding="same", dilation=3),
+        lambda x: F.conv2d(input=x, weight=x.new_ones(6, 2, 2, 2), stride=(2,), padding="valid"),
+        lambda x: F.conv_transpose2d(x, x.new_ones(2, 3, 3, 3), stride=2, output_padding=1),
+        lambda x: F.conv2d(x[0], x.new_ones(3, 2, 3, 3)).mean() + x,  # unbatched
+        lambda x: F.pixel_unshuffle(x[..., :6, :6], 3), lambda x: torch.cat([x, x.flip(2)], 1),
+    ]  # fmt: skip
+    for seed, spelling in enumerate(spellings):
+        torch.manual_seed(seed)
+        critic = Around(spelling).to(device, torch.float64)
+        compare(critic, torch.randn(3, 2, 7, 7, dtype=torch.float64, device=device))
+
+
+def test_several_inputs_and_a_branch_beside_the_path(device):
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(3, 4)
+            self.side = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.2), nn.Linear(5, 5))
+            self.body = nn.Linear(6, 5)
+            self.late = nn.Linear(4, 1)
+            self.unused = nn.Linear(2, 2)
+            self.head = nn.Linear(5, 1)
+
+        def forward(self, x, label):
+            e = self.embedding(label)
+            h = F.leaky_relu(self.body(x) + self.side(e), 0.2)
+            return self.head(h) + F.relu(self.late(e))
+
+    torch.manual_seed(0)
+    critic = Conditional().to(device, torch.float64)
+    x = torch.randn(4, 6, device=device, dtype=torch.float64)
+    label = torch.tensor([0, 2, 1, 1], device=device)
+    parameters = list(critic.parameters())
+    got = gradients(gradient_penalty(lambda v: critic(v, label), x), parameters)
+    want = gradients(plain_penalty(lambda v: critic(v, label), x)[0], parameters)
+    assert_same_gradients(got, want, 1e-12)
+    assert any(g is None for g in want) and any(g is not None and not g.any() for g in want)
+
+
+def test_backward_accumulates_like_plain(device):
+    critic, x = small_critic(device=device)
+    twin = copy.deepcopy(critic)
+    for net, penalty in ((critic, gradient_penalty), (twin, lambda *a: plain_penalty(*a)[0])):
+        loss = net(x + 1).mean() - net(x).mean() + 10 * penalty(net, x)
+        loss.backward()
+        penalty(net, x * 2).backward()
+    for p, q in zip(critic.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_graph_can_be_kept(device):
+    critic, x = small_critic(device=device)
+    parameters = list(critic.parameters())
+    penalty = gradient_penalty(critic, x)
+    first = gradients(penalty, parameters, retain_graph=True)
+    second = gradients(2 * penalty, parameters)
+    assert_same_gradients([None if g is None else g * 2 for g in first], second, 1e-14)
+    with pytest.raises(RuntimeError):
+        gradients(penalty, parameters)
+
+
+def test_x_is_detached_and_the_module_unchanged(device):
+    critic, x = small_critic(device=device)
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    x.requires_grad_()
+    gradient_penalty(critic, x * 1).backward()
+    assert x.grad is None
+    assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items())
+    assert type(critic[0]) is nn.Conv2d and critic[0].forward.__func__ is nn.Conv2d.forward
+
+
+def test_inside_no_grad(device):
+    critic, x = small_critic(device=device)
+    want, norms = gradient_penalty(critic, x, return_norms=True)
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            got, same = gradient_penalty(critic, x, return_norms=True)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, want.detach())
+        torch.testing.assert_close(same, norms)
+
+
+def test_a_critic_with_no_grad_inside(device):
+    body, x = small_critic(device=device)
+    fixed = copy.deepcopy(body)
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            with torch.no_grad():
+                weight = fixed(x).sigmoid()
+            return self.body(x) * weight
+
+    compare(Critic(), x)
+
+
+def test_hooks_scripts_and_distributed(device, tmp_path):
+    critic, x = small_critic(device=device)
+    parameters = list(critic.parameters())
+    want = gradients(plain_penalty(critic, x)[0], parameters)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_gradients(gradients(gradient_penalty(critic, x), parameters), want, 1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        scripted = torch.jit.script(critic)
+    assert_same_gradients(gradients(gradient_penalty(scripted, x), parameters), want, 1e-12)
+    twin = copy.deepcopy(critic)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        for net, penalty in ((critic, gradient_penalty), (twin, lambda *a: plain_penalty(*a)[0])):
+            parallel = nn.parallel.DistributedDataParallel(net)
+            (penalty(parallel, x) + parallel(x).mean()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same_gradients([p.grad for p in parameters], [p.grad for p in twin.parameters()], 1e-12)
+
+
+def test_what_is_refused_is_refused_clearly(device):
+    critic, x = small_critic(device=device)
+
+    def saving(x):  # recomputes outside the penalty what was rewritten inside it
+        return critic[2:](checkpoint(critic[:2], x, use_reentrant=False))
+
+    with pytest.raises(CheckpointError):
+        gradient_penalty(saving, x)
+    weight = critic[5].weight.detach()
+    functional = torch.func.functional_call
+    with pytest.raises(RuntimeError, match="requires_grad_"):
+        torch.func.grad(
+            lambda w: gradient_penalty(lambda v: functional(critic, {"5.weight": w}, (v,)), x)
+        )(weight)
+
+
+def test_compiled_critic(device):
+    critic, x = small_critic(device=device)
+    want = gradients(gradient_penalty(critic, x), list(critic.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(critic, backend="aot_eager")
+    compiled(x)
+    got = gradients(gradient_penalty(compiled, x), list(critic.parameters()))
+    assert_same_gradients(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("seed", [3, 6, 12, 25, 40])
+@pytest.mark.skipif(not TRACES_GRADIENTS, reason="this PyTorch does not trace autograd.grad")
+def test_compiled_critic_update(seed, device):
+    critic, x = random_critic(seed)
+    critic, x = critic.to(device).eval(), x.to(device)
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+
+    def update(penalty, x):
+        loss = penalty(critic, x)
+        return loss.detach(), gradients(loss, parameters)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        loss, got = compiled(gradient_penalty, x)
+    want_loss, want = update(lambda *a: plain_penalty(*a)[0], x)
+    torch.testing.assert_close(loss, want_loss)
+    assert_same_gradients(got, want, 1e-10)
+
+
+def test_compiled_caller_without_traced_gradients(device):
+    critic, x = small_critic(device=device)
+    want = gradients(gradient_penalty(critic, x * 2), list(critic.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: gradient_penalty(critic, x * 2) * 3, backend="aot_eager")
+    got = gradients(compiled(x) / 3, list(critic.parameters()))
+    assert_same_gradients(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast(outside, device):
+    critic, x = small_critic(dtype=torch.float32, device=device)
+    twin = copy.deepcopy(critic)
+
+    def within(net):
+        def call(x):
+            with torch.autocast(device, torch.bfloat16):
+                return net(x)
+
+        return call
+
+    with torch.autocast(device, torch.bfloat16, enabled=outside):
+        got = gradient_penalty(within(critic), x)
+        want = plain_penalty(within(twin), x)[0]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
+    got, want = (gradients(v, list(c.parameters())) for v, c in ((got, critic), (want, twin)))
+    assert_same_gradients(got, want, 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, device):
+    critic, x = small_critic(dtype=dtype, device=device)
+    penalty, norms = gradient_penalty(critic, x, return_norms=True)
+    assert penalty.dtype == norms.dtype == torch.float32
+    want = plain_penalty(critic.float(), x.float())[0]
+    torch.testing.assert_close(penalty, want, rtol=5e-2, atol=1e-2)
+
+
+def test_bad_arguments(device):
+    critic, x = small_critic(device=device)
+    with pytest.raises(TypeError, match="x"):
+        gradient_penalty(critic, x.long())
+    with pytest.raises(TypeError, match="x"):
+        gradient_penalty(critic, None)
+    with pytest.raises(ValueError, match="x"):
+        gradient_penalty(critic, x[:0])
+    with pytest.raises(ValueError, match="x"):
+        gradient_penalty(critic, x.sum())
+    for wrong in (
+        lambda x: critic(x).mean(),
+        lambda x: critic(x)[1:],
+        lambda x: critic(x).expand(-1, 2),
+        lambda x: [critic(x)],
+    ):
+        with pytest.raises(ValueError, match="critic"):
+            gradient_penalty(wrong, x)
+    for constant in (lambda x: x.new_ones(len(x)), lambda x: critic(torch.ones_like(x))):
+        with pytest.raises(ValueError, match="depend on x"):
+            gradient_penalty(constant, x)
+
+
+def test_a_linear_critic_without_parameters(device):
+    x = torch.randn(4, 3, device=device)
+    penalty = gradient_penalty(lambda v: 2 * v.sum(1), x, target=0.0)
+    torch.testing.assert_close(penalty, torch.tensor(12.0, device=device))
+    assert not penalty.requires_grad
+    x = torch.randn(4, device=device)
+    torch.testing.assert_close(
+        gradient_penalty(lambda v: v**2, x, target=0.0), (4 * x**2).mean(), rtol=1e-5, atol=0
+    )
+
+
+LAYOUTS = {
+    "contiguous": lambda g: g,
+    "channels last": lambda g: g.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    "permuted": lambda g: g.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "sliced": lambda g: torch.cat([g, g], 3)[..., ::2],
+    "rows apart": lambda g: torch.cat([g, g], 1)[:, : g.shape[1]],
+    "expanded": lambda g: g[:1].expand_as(g),
+    "expanded inside": lambda g: g[..., :1].expand_as(g),
+    "one row": lambda g: g[:1].contiguous(memory_format=torch.channels_last),
+    "wide": lambda g: g.reshape(1, -1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_fused_penalty(layout, dtype, device):
+    g = LAYOUTS[layout](torch.randn(6, 3, 37, 50, device=device).to(dtype))
+    penalty, norms = ops.penalty(g, 0.7)
+    exact = g.double().requires_grad_()
+    want = exact.flatten(1).norm(dim=1)
+    value = ((want - 0.7) ** 2).mean()
+    tolerance = {"rtol": 1e-13, "atol": 0} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 0}
+    torch.testing.assert_close(norms.double(), want.detach(), **tolerance)
+    torch.testing.assert_close(penalty.double(), value.detach(), **tolerance)
+    got = ops.penalty_backward(torch.full_like(penalty, 1.5), g, norms, 0.7)
+    assert got.dtype == dtype and got.shape == g.shape
+    (slope,) = torch.autograd.grad(1.5 * value, exact)
+    torch.testing.assert_close(
+        got, slope.to(dtype), rtol=1e-2 if g.itemsize == 2 else 1e-5, atol=1e-6
+    )
+
+
+def test_huge_row(device):
+    g = torch.randn(2, 3_000_017, device=device)
+    torch.testing.assert_close(
+        ops.penalty(g, 0.0)[1].double(), g.double().norm(dim=1), rtol=1e-6, atol=0
+    )
+    assert ops.penalty(g[:, :0], 2.0)[0] == 4
+
+
+def test_gradcheck(device):
+    g = torch.randn(4, 3, 2, device=device, dtype=torch.float64, requires_grad=True)
+
+    def penalty(g):
+        return _Penalty.apply(g, 0.7)[0]
+
+    assert torch.autograd.gradcheck(penalty, (g,))
+    assert torch.autograd.gradgradcheck(penalty, (g,))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 33, 2), (2, 3000), (1, 1)])
+def test_layer_norm_double_backward(shape, affine, device):
+    x, g, h = torch.randn(3, *shape, device=device, dtype=torch.float64)
+    layer = nn.LayerNorm(shape[1:], elementwise_affine=affine).to(device, torch.float64)
+    if affine:
+        nn.init.normal_(layer.weight)
+    x.requires_grad_()
+    g.requires_grad_()
+    (gx,) = torch.autograd.grad(layer(x), x, g, create_graph=True)
+    inputs = [g, x, *([layer.weight] if affine else [])]
+    want = torch.autograd.grad(gx, inputs, h)
+    _, mean, rstd = torch.native_layer_norm(x, shape[1:], layer.weight, layer.bias, layer.eps)
+    got = ops.layer_norm_double_backward(h, g, x, mean, rstd, layer.weight)
+    for a, b in zip((got[0], got[1], got[2].sum(0)), want, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    single = (
+        t.float().detach() if t is not None else t for t in (h, g, x, mean, rstd, layer.weight)
+    )
+    for a, b in zip(ops.layer_norm_double_backward(*single), got, strict=True):
+        torch.testing.assert_close(a.double(), b.detach(), rtol=1e-3, atol=1e-3)
+    arguments = [t if t is None else t.detach() for t in (h, g, x, mean, rstd, layer.weight)]
+    torch.library.opcheck(ops.layer_norm_double_backward.default, arguments)
+    with pytest.raises(RuntimeError, match="layer_norm_double_backward: g"):
+        ops.layer_norm_double_backward(h, g[:, :0], *arguments[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype, device):
+    g = torch.randn(4, 3, 5, 5, device=device, dtype=dtype)
+    penalty, norms = ops.penalty(g, 1.0)
+    for layout in (g, g.contiguous(memory_format=torch.channels_last)):
+        torch.library.opcheck(ops.penalty.default, (layout, 1.0))
+        torch.library.opcheck(ops.penalty_backward.default, (penalty, layout, norms, 1.0))
+
+
+def test_malformed_calls_of_the_operators(device):
+    g = torch.randn(4, 3, device=device)
+    penalty, norms = ops.penalty(g, 1.0)
+    for bad in (g.long(), g[:0], g.sum()):
+        with pytest.raises((RuntimeError, TypeError), match="gradient"):
+            ops.penalty(bad, 1.0)
+    for wrong in ((penalty, g, norms[:3]), (penalty.double(), g, norms), (norms, g, norms)):
+        with pytest.raises(RuntimeError, match="penalty"):
+            ops.penalty_backward(*wrong, 1.0)
+    with pytest.raises(RuntimeError, match="norms"):
+        ops.penalty_backward(penalty, g, norms[:1].expand(4), 1.0)
+
+
+def critic_step(critic, penalty, real, fake, mix):
+    """Return the loss of one critic update and its gradients."""
+    between = mix * real + (1 - mix) * fake
+    loss = critic(fake).mean() - critic(real).mean() + 10 * penalty(critic, between)
+    return loss.detach(), torch.autograd.grad(loss, list(critic.parameters()))
+
+
+def batches(steps, dtype):
+    torch.manual_seed(7)
+    for _ in range(steps):
+        real, fake = torch.randn(2, 8, 2, 8, 8, dtype=dtype)
+        yield real.tanh(), fake, torch.rand(8, 1, 1, 1, dtype=dtype)
+
+
+def apply_step(critic, optimiser, grads):
+    for p, g in zip(critic.parameters(), grads, strict=True):
+        p.grad = g
+    optimiser.step()
+
+
+def test_convergence_in_float64():
+    """A hundred updates with either penalty stay together."""
+    ends = []
+    for penalty in (gradient_penalty, lambda c, x: plain_penalty(c, x)[0]):
+        critic, _ = small_critic()
+        optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.9))
+        losses = []
+        for batch in batches(100, torch.float64):
+            loss, grads = critic_step(critic, penalty, *batch)
+            apply_step(critic, optimiser, grads)
+            losses.append(loss)
+        ends.append(torch.cat([torch.stack(losses), *[p.flatten() for p in critic.parameters()]]))
+    assert float((ends[0] - ends[1]).detach().abs().max()) < 1e-9
+
+
+def test_convergence_in_float32():
+    """A hundred updates, both from the reference's weights at every step."""
+    critic, _ = small_critic(dtype=torch.float32)
+    optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    for batch in batches(100, torch.float32):
+        want, grads = critic_step(critic, lambda c, x: plain_penalty(c, x)[0], *batch)
+        got, fused = critic_step(critic, gradient_penalty, *batch)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(fused, grads, 1e-5)
+        apply_step(critic, optimiser, grads)
