@@ -525,12 +525,12 @@ def mean_rho(values):
     return float(np.mean(ranks @ index / np.maximum(norm, 1e-9)))  # 0 for a constant row
 
 
-def finish(model, data, folder, rows):
-    """The pictures of a finished run, and what its summary.json adds."""
+def finish(model, folder, rows):
+    """The pictures of a finished run, and what its summary.json has beside the measurements."""
     effects = code_effects(model.generator)
     save_codes(model, folder / "codes.png", effects)
     save_curves(model, folder / "curves.png", rows)
-    return evaluate(model, data) | {"codes": effects}
+    return {"codes": effects}
 
 
 # ================================================================== plumbing
@@ -782,7 +782,7 @@ class Run:
         self.epoch_steps = len(self.data.train) // self.model.images_per_step
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step = self.count = 0  # updates in all, and since the last row of metrics.csv
-        self.seconds = 0.0
+        self.seconds, self.measured = 0.0, None
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since that row
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
         if state is None:
@@ -879,7 +879,8 @@ class Run:
         """Logs the script's own measurements and leaves a picture."""
         self.check()
         self.training(False)
-        self.log(evaluate(self.model, self.data))
+        self.measured = evaluate(self.model, self.data)
+        self.log(self.measured)
         save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
         self.training(True)
 
@@ -923,7 +924,8 @@ class Run:
             "seconds": self.seconds,
             "images_per_second": self.step * self.model.images_per_step / self.seconds,
         }
-        summary |= finish(self.model, self.data, self.folder, read_rows(self.folder))
+        summary |= self.measured or evaluate(self.model, self.data)
+        summary |= finish(self.model, self.folder, read_rows(self.folder))
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         self.bar.write(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
 
