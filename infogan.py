@@ -30,10 +30,10 @@ learns from it, and Q is on D's optimiser. As in the paper and not in that code:
 learned, the continuous codes have the smaller lambda, the leaky slope is 0.1. Departures:
 
 - D and Q see every image shifted by up to 2 pixels and rotated by up to 9 degrees. Without it a
-  category tends to swallow two digits or to split one: after 1,500 updates the accuracy was 0.74 and
-  0.82 (seeds 0 and 1), with it 0.91 and 0.94. --shift 0 --rotate 0 is the paper.
+  category tends to swallow two digits or to split one: in a prototype the accuracy after 1,500 updates
+  was 0.74 and 0.82 (seeds 0 and 1), with it 0.91 and 0.94. --shift 0 --rotate 0 is the paper.
 - Noise is normal and images end in a tanh; the code has uniform noise and a sigmoid (the paper is
-  silent), and with its other settings stood at 0.72 where this stood at 0.80 (1,500 updates, seed 1).
+  silent), and with its other settings stood at 0.72 where this stood at 0.80 (prototype, seed 1).
 """
 
 from __future__ import annotations
@@ -384,7 +384,10 @@ def generate(args):
     """--generate: a grid of a hundred images with the codes asked for."""
     generator = load_generator(args.generate, choose_device(args.device))
     images = sample(generator, 100, args.category, args.code, args.seed)
-    save_image(images, args.out or "grid.png", nrow=10)
+    try:
+        save_image(images, args.out or "grid.png", nrow=10)
+    except ValueError as error:
+        raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
 
 
 def save_samples(model, path):
@@ -777,6 +780,7 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         keep_memory()
         self.data = load_data(args, self.device)
+        args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data.train.shape[1], self.device)
         self.epoch_steps = len(self.data.train) // self.model.images_per_step

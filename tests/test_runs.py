@@ -236,6 +236,7 @@ def test_generate(finished, capsys):
     assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 10)
     assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 1, 2)
     assert "2 continuous" in refused(capsys, "--generate", path, "--code", 1)
+    assert "grid.png" in refused(capsys, "--generate", path, "--out", "picture")
 
 
 # ------------------------------------------------------------------ kernels
@@ -303,6 +304,13 @@ def test_auto_falls_back_to_digits_and_says_so(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "mnist" in out and "digits" in out and "MNIST/raw" in out
     assert not Path("data").exists()
+
+
+def test_run_begun_with_auto_is_not_resumed_on_another_set(capsys):
+    write_mnist("data")
+    infogan.main(["--batch-size", "8", "--max-steps", "1", "--out", "run", "--device", "cpu"])
+    shutil.rmtree("data")
+    assert "mnist is not in data" in refused(capsys, "--resume", "run/checkpoint.pt")
 
 
 def test_digits_are_the_real_ones():
