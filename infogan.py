@@ -443,20 +443,22 @@ def save_curves(model, path, rows):
 def evaluate(model, data):
     """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category.
 
-    L_I is taken with batch statistics, as in training: the running averages of D mix real images
-    with generated ones. The accuracy is taken with those averages, so one image at a time.
+    Both with the statistics of batches of about 500, as in training: the running averages of D mix
+    real images with generated ones and mislead Q (0.918 for 0.976 after one of our runs).
     """
     g, d, latent = model.generator, model.discriminator, model.latent
     noise, category, code = latent.sample(2000, *device_and_rng(g, 2))
     batches = zip(noise.split(500), category.split(500), code.split(500))
+    accuracy, k = None, latent.categorical[0] if latent.categorical else 0
     with batch_statistics(d):
         q = torch.cat([d.q(d(g(*batch))) for batch in batches])
+        if k == len(data.classes) and len(data.test) > 1:
+            batches = data.test.tensor_split(max(1, len(data.test) // 500))
+            found = torch.cat(
+                [d.q(d(normalise(images)))[:, :k].argmax(dim=1) for images in batches]
+            )
+            accuracy = matched_accuracy(found, data.test_labels, k)
     nll = torch.stack(info_loss_reference(q, category, code, latent.categorical)).tolist()
-    accuracy = None
-    if latent.categorical[:1] == (len(data.classes),):
-        logits = torch.cat([d.q(d(normalise(images))) for images in data.test.split(500)])
-        category = logits[:, : latent.categorical[0]].argmax(dim=1)
-        accuracy = matched_accuracy(category, data.test_labels, latent.categorical[0])
     entropy = latent.entropy()
     # with variance 1 the best Q still pays log(2 pi) / 2 a code
     ceiling = entropy[1] - latent.continuous * 0.5 * math.log(2 * math.pi)

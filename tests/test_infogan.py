@@ -375,5 +375,14 @@ def test_mutual_information_is_measured_as_in_training_and_changes_nothing():
         assert torch.allclose(d.train()(images), inside, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 501, 1001])
+def test_accuracy_of_a_test_set_of_any_size(n):
+    model, data = model_and_data("--categorical", "10")
+    data.test = torch.zeros(n, 1, 28, 28, dtype=torch.uint8)
+    data.test_labels = torch.zeros(n, dtype=torch.int64)
+    accuracy = infogan.evaluate(model, data)["accuracy"]
+    assert accuracy is None if n == 1 else 0 <= accuracy <= 1
+
+
 def test_import_leaves_no_trace():
     assert isinstance(infogan.arguments(), argparse.ArgumentParser)
