@@ -719,7 +719,9 @@ def download(kind, name, folder, read):
         for url in urls:
             try:
                 request = urllib.request.Request(url, method="HEAD")
-                return urllib.request.urlopen(request, timeout=4).close(), problems.clear()
+                urllib.request.urlopen(request, timeout=4).close()
+                problems.clear()
+                return
             except Exception as error:  # every failure means the same here
                 problems[0] = one_line(error)
 
@@ -748,7 +750,7 @@ def folder_set(folder, size):
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 3:
         raise UsageError(f"--data-dir {folder} must be a folder of images; it holds {len(paths)}")
-    names = ["/".join(path.relative_to(folder).parts[:-1][:1]) for path in paths]
+    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths]
     images = []
     for path in tqdm(paths, desc="reading images", disable=None):
         try:

@@ -9,13 +9,12 @@ turn, so that a slow moment of the machine falls on all of them.
 
 import argparse
 import platform
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import gan_kernels
 import torch
+from timing import medians
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -24,32 +23,6 @@ from infogan import info_loss_reference  # noqa: E402
 
 BATCHES = [64, 128, 1024, 16_384, 131_072, 1_048_576, 4_194_304]
 LATENTS = [([10], 2), ([10, 10, 10, 10], 4)]
-
-
-def medians(contestants, device, seconds):
-    """Return each contestant's median time in seconds; contestants is a dict of functions."""
-
-    def once(function, calls):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
-
-    for function in contestants.values():
-        function()
-    estimate = {name: once(function, 1) for name, function in contestants.items()}
-    calls = {name: max(1, int(0.02 / max(t, 1e-7))) for name, t in estimate.items()}
-    one_round = sum(max(estimate[name], 0.02) for name in contestants)
-    rounds = max(3, min(51, int(seconds / one_round)))
-    times = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, function in contestants.items():
-            times[name].append(once(function, calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def info_loss_rows(device, batches, seconds):

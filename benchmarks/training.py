@@ -9,28 +9,18 @@ speed falls on both alike.
 """
 
 import platform
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from timing import medians
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import infogan  # noqa: E402
 
-MATRIX, ROUNDS, UPDATES = 2048, 9, 4
-
-
-def seconds(function, device):
-    """Wall time of one call, the device's work included."""
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+MATRIX, SECONDS = 2048, 10
 
 
 def infogan_update(device):
@@ -54,12 +44,9 @@ def main():
     with counter:
         update()
     for _ in range(3):
-        update(), a @ b
-    update_times, product_times = [], []
-    for _ in range(ROUNDS):
-        update_times += [seconds(update, device) for _ in range(UPDATES)]
-        product_times += [seconds(lambda: a @ b, device) for _ in range(UPDATES)]
-    update_time, product_time = map(statistics.median, (update_times, product_times))
+        update()
+    times = medians({"update": update, "product": lambda: a @ b}, device.type, SECONDS)
+    update_time, product_time = times["update"], times["product"]
     rate = counter.get_total_flops() / update_time
     peak = 2 * MATRIX**3 / product_time
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
