@@ -73,6 +73,7 @@ from tqdm import tqdm
 SCRIPT = "infogan"
 LOSSES = ("loss_d", "loss_g", "mi_categorical", "mi_continuous")  # what train_step returns
 MEASURED = ("accuracy",)  # what evaluate adds to the rows of metrics.csv
+SETS = {}  # data sets of this script's own
 
 
 def arguments():
@@ -249,9 +250,9 @@ def info_loss_reference(q, category, code, sizes):
 class Model:
     """Both networks and their optimisers; `parts` is what a checkpoint keeps."""
 
-    def __init__(self, args, channels, device):
+    def __init__(self, args, data, device):
         self.args, self.images_per_step = args, args.batch_size
-        self.latent = latent_of(args)
+        self.latent, channels = latent_of(args), data.train.shape[1]
         self.generator = Generator(self.latent, channels)
         self.discriminator = Discriminator(self.latent, channels, args.unit_variance)
         for network in (self.generator, self.discriminator):
@@ -375,7 +376,7 @@ def device_and_rng(network, seed):
 def load_generator(path, device="cpu"):
     """The trained generator of a checkpoint, for `sample(load_generator(path), 64)`."""
     state = load_checkpoint(path)
-    generator = Generator(latent_of(argparse.Namespace(**state["config"])), state["channels"])
+    generator = Generator(latent_of(argparse.Namespace(**state["config"])), state["shape"][0])
     load_parts({"generator": generator}, state, path)
     return generator.eval().requires_grad_(False).to(device)
 
@@ -570,7 +571,7 @@ def run_arguments(description, image_sizes=(28, 32)):
     """A parser with the flags that every script has."""
     parser = Parser(prog=SCRIPT, description=description)
     add = parser.add_argument
-    names = ("auto", *TORCHVISION_SETS, "digits", "folder")
+    names = ("auto", *TORCHVISION_SETS, "digits", "folder", *SETS)
     add("--dataset", choices=names, default="auto", help="auto: MNIST, or else digits")
     add("--data-dir", default="data", help="where data sets are kept; for folder: the images")
     add("--image-size", type=int, choices=image_sizes, help="for --dataset folder (32)")
@@ -590,20 +591,18 @@ def run_arguments(description, image_sizes=(28, 32)):
 
 def read_arguments(parser, argv):
     """The arguments and, under --resume, the checkpoint, whose own arguments then hold."""
-    args, absent = parser.parse_args(argv), object()
+    args = parser.parse_args(argv)
     if args.resume is None:
         return args, None
-    state, folder = load_checkpoint(args.resume), Path(args.resume).parent
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
-    given = {name: value for name, value in vars(given).items() if value is not absent}
-    if Path(given.pop("out", folder)).resolve() != folder.resolve():
-        raise UsageError(f"--out: a run is resumed in its own folder, {folder}; leave the flag out")
-    for name in given.keys() - {"resume", "epochs", "max_steps", "device"}:
-        if given[name] != state["config"].get(name):
-            flag, kept = name.replace("_", "-"), state["config"].get(name)
-            raise UsageError(f"--{flag} {given[name]}: the run has {kept}; leave the flag out")
-    merged = vars(args) | state["config"] | given | {"out": str(folder)}
-    return argparse.Namespace(**merged), state
+    state, folder = load_checkpoint(args.resume), str(Path(args.resume).parent)
+    kept = state["config"] | {"out": folder, "resume": args.resume}
+    parser.set_defaults(**kept)
+    args = parser.parse_args(argv)
+    for name in kept.keys() - {"epochs", "max_steps", "device"}:
+        if (given := getattr(args, name)) != kept[name]:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {given}: the run has {kept[name]}; leave the flag out")
+    return args, state
 
 
 def choose_device(name):
@@ -642,7 +641,7 @@ TORCHVISION_SETS = {
 
 @dataclass
 class Data:
-    """A data set on the training device: uint8 images (n, channels, size, size), int64 labels."""
+    """A set on the training device: uint8 images (n, channels, size, size) and int64 labels."""
 
     name: str
     classes: list[str]
@@ -665,7 +664,7 @@ def load_data(args, device):
         elif name == "folder":
             classes, *tensors = folder_set(folder, args.image_size or 32)
         else:
-            classes, *tensors = digits_set()
+            classes, *tensors = SETS.get(name, digits_set)()
     except Unavailable as problem:
         if args.dataset != "auto":
             raise
@@ -674,8 +673,6 @@ def load_data(args, device):
         name, (classes, *tensors) = "digits", digits_set()
     if args.image_size not in (None, tensors[0].shape[-1]):
         raise UsageError(f"--image-size {args.image_size}: {name} has a size of its own")
-    if args.batch_size > len(tensors[0]):
-        raise UsageError(f"--batch-size {args.batch_size}: {name} has {len(tensors[0])} images")
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
 
@@ -774,7 +771,7 @@ def hold_out(images, labels):
 
 
 # --- shared: run ---
-PROGRESS = ("step", "count", "seconds", "sums", "metrics_size")
+PROGRESS = ("step", "seconds", "rows", "sums", "count")
 
 
 class Run:
@@ -786,16 +783,19 @@ class Run:
         self.data = load_data(args, self.device)
         args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
         torch.manual_seed(args.seed)
-        self.model = Model(args, self.data.train.shape[1], self.device)
-        self.epoch_steps = len(self.data.train) // self.model.images_per_step
+        self.model = Model(args, self.data, self.device)
+        size, n = self.model.images_per_step, len(self.data.train)
+        if size > n:
+            raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
+        self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
-        self.step = self.count = 0  # updates in all, and since the last row of metrics.csv
-        self.seconds, self.measured = 0.0, None
-        self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since that row
+        self.step, self.seconds, self.measured = 0, 0.0, None
+        self.rows = []  # of metrics.csv
+        self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
+        self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
         if state is None:
-            self.folder = create_run(args, self.data.name)
-            self.metrics_size = (self.folder / "metrics.csv").stat().st_size
+            self.folder = create_run(args)
         else:
             self.folder = Path(args.out)
             self.restore(state)
@@ -809,7 +809,6 @@ class Run:
             print(f"{SCRIPT}: {self.folder} is finished; --epochs or --max-steps extends it")
             return None
         (self.folder / "summary.json").unlink(missing_ok=True)
-        os.truncate(self.folder / "metrics.csv", self.metrics_size)
         print(f"{SCRIPT}: {self.data.name}, {len(self.data.train):,} images, {self.device}, "
               f"{self.model.kernels} kernels, {self.folder}", flush=True)  # fmt: skip
         caught, order, size = [], None, self.model.images_per_step
@@ -818,8 +817,6 @@ class Run:
         self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=None)
         self.started = time.perf_counter() - self.seconds
         try:
-            if self.count and self.step % self.args.log_every == 0:
-                self.log()  # the closing row of the run that this extends stood in its place
             while self.step < self.total and not caught:
                 epoch, at = divmod(self.step, self.epoch_steps)
                 if at == 0 or order is None:
@@ -833,7 +830,7 @@ class Run:
                 if self.step % self.epoch_steps == 0:
                     self.measure()
                     self.save()
-                elif self.step % self.args.log_every == 0 and self.step < self.total:
+                elif self.step % self.args.log_every == 0:
                     self.log()
             if self.step % self.epoch_steps:
                 self.save()
@@ -869,13 +866,19 @@ class Run:
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""
         self.check()
         self.seconds = time.perf_counter() - self.started
-        means = (self.sums / max(self.count, 1)).tolist()
-        self.sums, self.count = torch.zeros_like(self.sums), 0
-        measured, epoch = measured or {}, -(-self.step // self.epoch_steps)
-        extra = [measured.get(name) for name in MEASURED]
-        append_row(self.folder, [self.step, epoch, self.seconds, *means, *extra])
-        shown = dict(zip(LOSSES, means)) | measured
-        shown = {name: f"{v:.3f}" for name, v in shown.items() if isinstance(v, float)}
+        measured = measured or {}
+        if self.rows and self.rows[-1]["step"] == self.step:
+            row = self.rows.pop()
+        else:
+            means = (self.sums / self.count).tolist()
+            self.sums, self.count = torch.zeros_like(self.sums), 0
+            row = {"step": self.step, "epoch": -(-self.step // self.epoch_steps)}
+            row |= {"seconds": self.seconds} | dict(zip(LOSSES, means))
+        row |= {name: measured.get(name) for name in MEASURED}
+        self.rows.append(row)
+        write_rows(self.folder / "metrics.csv", self.rows)
+        shown = {k: f"{v:.3f}" for k, v in (row | measured).items() if isinstance(v, float)}
+        del shown["seconds"]
         self.bar.set_postfix(shown)
         if measured or self.bar.disable:
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -896,11 +899,10 @@ class Run:
         """Writes all that the run needs to go on as if it had never stopped."""
         self.check()
         self.seconds = time.perf_counter() - self.started
-        self.metrics_size = (self.folder / "metrics.csv").stat().st_size
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
         state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
-        state |= {"channels": self.data.train.shape[1], "rng": torch.get_rng_state()}
+        state |= {"shape": list(self.data.train.shape[1:]), "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
@@ -918,7 +920,7 @@ class Run:
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
-        if self.step % self.epoch_steps:
+        if self.step % self.epoch_steps or self.measured is None:
             self.measure()
         self.training(False)
         on_cuda = self.device.type == "cuda"
@@ -932,8 +934,7 @@ class Run:
             "seconds": self.seconds,
             "images_per_second": self.step * self.model.images_per_step / self.seconds,
         }
-        summary |= self.measured or evaluate(self.model, self.data)
-        summary |= finish(self.model, self.folder, read_rows(self.folder))
+        summary |= self.measured | finish(self.model, self.folder, self.rows)
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         self.bar.write(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
 
@@ -946,14 +947,14 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def create_run(args, dataset):
-    """A new run folder with config.json and the head of metrics.csv."""
-    folder = Path(args.out or f"runs/{SCRIPT}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+def create_run(args):
+    """A new run folder with config.json and an empty metrics.csv."""
+    folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
         raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
-    append_row(folder, ["step", "epoch", "seconds", *LOSSES, *MEASURED])
+    write_rows(folder / "metrics.csv", [])
     return folder
 
 
@@ -970,18 +971,14 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def append_row(folder, values):
-    row = [f"{value:.6g}" if isinstance(value, float) else value for value in values]
-    with open(folder / "metrics.csv", "a", newline="") as file:
-        csv.writer(file).writerow(row)
-
-
-def read_rows(folder):
-    """The rows of metrics.csv as dictionaries of floats, None where a field is empty."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return [
-            {k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
-        ]
+def write_rows(path, rows):
+    """metrics.csv from rows, dictionaries with the same keys."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ["step", "epoch", "seconds", *LOSSES, *MEASURED])
+    table.writeheader()
+    for row in rows:
+        table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_file(path, text.getvalue().encode())
 
 
 def load_checkpoint(path):
@@ -995,7 +992,7 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
-    if missing := {*PROGRESS, "config", "channels", "rng"} - state.keys():
+    if missing := {*PROGRESS, "config", "classes", "shape", "rng"} - state.keys():
         raise UsageError(
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )

@@ -30,7 +30,7 @@ def infogan_update(device):
     images = torch.randint(256, (1280, 1, 28, 28), dtype=torch.uint8, device=device)
     labels = torch.zeros(1280, dtype=torch.int64, device=device)
     data = infogan.Data("random", [], images, labels, images, labels)
-    model = infogan.Model(args, 1, device)
+    model = infogan.Model(args, data, device)
     index = torch.randperm(1280, device=device)[: args.batch_size]
     return lambda: infogan.train_step(model, data, index), args.batch_size, model.kernels
 

@@ -16,12 +16,12 @@ import infogan
 def model_and_data(*flags, images=64):
     args = infogan.arguments().parse_args(["--batch-size", "16", *flags])
     torch.manual_seed(args.seed)
-    model = infogan.Model(args, 1, torch.device("cpu"))
     rng = torch.Generator().manual_seed(1)
     train = torch.randint(256, (images, 1, 28, 28), dtype=torch.uint8, generator=rng)
     labels = torch.arange(images) % 10
     classes = [str(digit) for digit in range(10)]
-    return model, infogan.Data("made", classes, train, labels, train[:20], labels[:20])
+    data = infogan.Data("made", classes, train, labels, train[:20], labels[:20])
+    return infogan.Model(args, data, torch.device("cpu")), data
 
 
 def parameters(network):

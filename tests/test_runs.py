@@ -443,7 +443,7 @@ def test_bad_checkpoints(finished, capsys):
     torch.save([1], "list.pt")
     assert "not a whole checkpoint" in refused(capsys, "--resume", "list.pt")
     torch.save({"script": "infogan", "step": 3}, "part.pt")
-    assert "it lacks channels, config" in refused(capsys, "--resume", "part.pt")
+    assert "it lacks classes, config" in refused(capsys, "--resume", "part.pt")
     other = checkpoint(finished)
     other["config"]["categorical"] = [7]
     torch.save(other, "codes.pt")
