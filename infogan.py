@@ -58,6 +58,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -69,6 +70,11 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SCRIPT = "infogan"
 LOSSES = ("loss_d", "loss_g", "mi_categorical", "mi_continuous")  # what train_step returns
@@ -257,7 +263,7 @@ class Model:
         self.discriminator = Discriminator(self.latent, channels, args.unit_variance)
         for network in (self.generator, self.discriminator):
             network.to(device, memory_format=torch.channels_last)
-        adam = {"betas": (0.5, 0.999), "fused": True}
+        adam = {"betas": (0.5, 0.999), "fused": True, "capturable": device.type == "cuda"}
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), args.lr_g, **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), args.lr_d, **adam)
         names = ("generator", "discriminator", "optimizer_g", "optimizer_d")
@@ -277,8 +283,8 @@ def train_step(model, data, index):
     Returns the LOSSES as one tensor, in nats: those of the GAN without L_I, and L_I itself.
     """
     g, d, latent, args = model.generator, model.discriminator, model.latent, model.args
-    real = normalise(data.train[index])
-    noise, category, code = latent.sample(len(real), real.device)
+    real = normalise(data.train[mine(index)])
+    noise, category, code = map(mine, latent.sample(len(index), index.device))
     fake = g(noise, category, code)  # one pass of G serves both updates
 
     features = d(augment(real, args), augment(fake.detach(), args))
@@ -291,7 +297,7 @@ def train_step(model, data, index):
     model.optimizer_d.zero_grad()
     # L_I is in D's loss too, so that the shared trunk learns to tell the codes apart
     (loss_d - args.lambda_categorical * mi[0] - args.lambda_continuous * mi[1]).backward()
-    model.optimizer_d.step()
+    update(model.optimizer_d)
 
     features = d(augment(fake, args))
     loss_g = objective = F.softplus(-d.score(features)).mean()
@@ -300,7 +306,7 @@ def train_step(model, data, index):
         objective = loss_g + args.lambda_categorical * nll[0] + args.lambda_continuous * nll[1]
     model.optimizer_g.zero_grad()
     objective.backward(inputs=list(g.parameters()))  # no gradient for D's weights
-    model.optimizer_g.step()
+    update(model.optimizer_g)
     return torch.stack([loss_d, loss_g, *mi]).detach()
 
 
@@ -317,7 +323,7 @@ def augment(images, args):
     if not (args.shift or args.rotate):
         return images
     n, _, _, size = images.shape
-    draws = torch.rand(3, n, device=images.device) * 2 - 1
+    draws = mine(torch.rand(3, n * processes()[1], device=images.device).T).T * 2 - 1
     angle, (x, y) = draws[0] * math.radians(args.rotate), draws[1:] * args.shift * 2 / size
     cos, sin = angle.cos(), angle.sin()
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(n, 2, 3)
@@ -581,6 +587,8 @@ def run_arguments(description, image_sizes=(28, 32)):
     add("--log-every", type=at_least(1), default=100, metavar="N", help="updates a log line (100)")
     add("--seed", type=at_least(0, high=2**32 - 1), default=0, help="(0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(fp32)")
+    add("--no-graph", action="store_true", help="on CUDA: no graph, each operation by itself")
     kernels = "gan_kernels or plain PyTorch (auto: gan_kernels if installed)"
     add("--kernels", choices=("auto", "fused", "reference"), default="auto", help=kernels)
     add("--out", help="the run's folder (runs/<script>-<dataset>-<time>), or --generate's picture")
@@ -606,10 +614,12 @@ def read_arguments(parser, argv):
 
 
 def choose_device(name):
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    if torch.cuda.is_available() and name != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: a GPU a process
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
         raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
+    return torch.device("cpu")
 
 
 def choose_kernel(choice, name, reference):
@@ -779,7 +789,10 @@ class Run:
 
     def __init__(self, args, state=None):
         self.args, self.device = args, choose_device(args.device)
+        self.rank, self.world = processes()
         keep_memory()
+        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
         self.data = load_data(args, self.device)
         args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
         torch.manual_seed(args.seed)
@@ -787,6 +800,9 @@ class Run:
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
+        if args.batch_size % self.world:
+            raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {self.world}, the "
+                             "number of processes")  # fmt: skip
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -794,11 +810,12 @@ class Run:
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
         self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        if state is None:
-            self.folder = create_run(args)
-        else:
+        if state is not None:
             self.folder = Path(args.out)
             self.restore(state)
+        elif self.rank == 0:
+            self.folder = create_run(args)
+        self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
         """Trains to the end, with a checkpoint at each epoch.
@@ -806,22 +823,25 @@ class Run:
         Ctrl-C and SIGTERM save and end it: then the signal's number is returned.
         """
         if self.step >= self.total and (self.folder / "summary.json").exists():
-            print(f"{SCRIPT}: {self.folder} is finished; --epochs or --max-steps extends it")
+            self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
             return None
-        (self.folder / "summary.json").unlink(missing_ok=True)
-        print(f"{SCRIPT}: {self.data.name}, {len(self.data.train):,} images, {self.device}, "
-              f"{self.model.kernels} kernels, {self.folder}", flush=True)  # fmt: skip
-        caught, order, size = [], None, self.model.images_per_step
+        if self.rank == 0:
+            (self.folder / "summary.json").unlink(missing_ok=True)
+            self.say(f"{self.data.name}, {len(self.data.train):,} images, {self.device}, "
+                     f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
+        caught, stop, order, size = [], False, None, self.model.images_per_step
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
-        self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=None)
+        hidden = True if self.rank else None  # None: shown on a terminal
+        self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=hidden)
         self.started = time.perf_counter() - self.seconds
+        take_step = self.stepper()
         try:
-            while self.step < self.total and not caught:
+            while self.step < self.total and not (stop := self.stopped(caught)):
                 epoch, at = divmod(self.step, self.epoch_steps)
                 if at == 0 or order is None:
                     order = self.shuffled(epoch)
-                losses = train_step(self.model, self.data, order[at * size : (at + 1) * size])
+                losses = take_step(order[at * size : (at + 1) * size])
                 self.step, self.count = self.step + 1, self.count + 1
                 self.sums += losses
                 bad = (self.bad_step == 0) & ~losses.isfinite().all()
@@ -834,13 +854,65 @@ class Run:
                     self.log()
             if self.step % self.epoch_steps:
                 self.save()
-            if not caught:
-                self.finish()
         finally:
             self.bar.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)
-        return caught[0] if caught else None
+        if stop:
+            self.say(f"stopped at update {self.step}; to go on: python {SCRIPT}.py "
+                     f"--resume {self.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
+            return caught[0]
+        self.finish()
+        return None
+
+    def say(self, text, file=None):
+        """One line for the user, from the first process alone."""
+        if self.rank == 0:
+            print(f"{SCRIPT}: {text}", file=file, flush=True)
+
+    def stepper(self):
+        """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
+        bf16 = self.args.precision == "bf16"
+
+        def eager(index):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return train_step(self.model, self.data, index)
+
+        if self.device.type == "cpu" or self.args.no_graph:
+            return eager
+        stream, graph, warm = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+        index = torch.zeros(self.model.images_per_step, dtype=torch.int64, device=self.device)
+
+        def replay(new):
+            index.copy_(new)
+            if len(warm) < 3:  # what is set up once must be there before the capture
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    warm.append(eager(index))
+                torch.cuda.current_stream().wait_stream(stream)
+                return warm[-1]
+            if len(warm) == 3:
+                with torch.cuda.graph(graph):
+                    warm.append(eager(index))
+            graph.replay()
+            return warm[3]
+
+        return replay
+
+    def stopped(self, caught):
+        """Whether a signal came; several processes have to agree, which they do now and then."""
+        if self.world > 1:
+            if self.step % 10:
+                return False
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, caught[:1])
+            caught[:] = [number for numbers in everyone for number in numbers]
+        return bool(caught)
+
+    def close(self):
+        """Lets another process at the run's folder."""
+        if self.lock is not None:
+            os.close(self.lock)
 
     def shuffled(self, epoch):
         """A permutation of the training images that depends on the seed and the epoch alone."""
@@ -865,6 +937,7 @@ class Run:
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""
         self.check()
+        average(self.sums)
         self.seconds = time.perf_counter() - self.started
         measured = measured or {}
         if self.rows and self.rows[-1]["step"] == self.step:
@@ -876,6 +949,8 @@ class Run:
             row |= {"seconds": self.seconds} | dict(zip(LOSSES, means))
         row |= {name: measured.get(name) for name in MEASURED}
         self.rows.append(row)
+        if self.rank:
+            return
         write_rows(self.folder / "metrics.csv", self.rows)
         shown = {k: f"{v:.3f}" for k, v in (row | measured).items() if isinstance(v, float)}
         del shown["seconds"]
@@ -889,15 +964,20 @@ class Run:
     def measure(self):
         """Logs the script's own measurements and leaves a picture."""
         self.check()
-        self.training(False)
-        self.measured = evaluate(self.model, self.data)
+        self.measured = {}
+        if self.rank == 0:
+            self.training(False)
+            self.measured = evaluate(self.model, self.data)
+            save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
+            self.training(True)
         self.log(self.measured)
-        save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
-        self.training(True)
 
     def save(self):
         """Writes all that the run needs to go on as if it had never stopped."""
         self.check()
+        average(self.sums)
+        if self.rank:
+            return
         self.seconds = time.perf_counter() - self.started
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
@@ -922,6 +1002,8 @@ class Run:
         """The closing row, the pictures and summary.json."""
         if self.step % self.epoch_steps or self.measured is None:
             self.measure()
+        if self.rank:
+            return
         self.training(False)
         on_cuda = self.device.type == "cuda"
         summary = {
@@ -936,7 +1018,7 @@ class Run:
         }
         summary |= self.measured | finish(self.model, self.folder, self.rows)
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
-        self.bar.write(f"{SCRIPT}: finished; {self.folder / 'summary.json'} has the figures")
+        self.say(f"finished; {self.folder / 'summary.json'} has the figures")
 
 
 def keep_memory():
@@ -950,12 +1032,27 @@ def keep_memory():
 def create_run(args):
     """A new run folder with config.json and an empty metrics.csv."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
-        raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
+    except FileExistsError:
+        problem = "holds a run; choose another folder or --resume that one"
+        raise UsageError(f"--out {folder} {problem}") from None
     write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
     write_rows(folder / "metrics.csv", [])
     return folder
+
+
+def lock(folder):
+    """Keeps other processes from the folder until what this returns is closed."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(f"--out {folder}: another process is at this run; stop it") from None
+    return descriptor
 
 
 def write_file(path, content):
@@ -1008,22 +1105,55 @@ def load_parts(parts, state, path):
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
 
 
+def processes():
+    """This process's rank and the number of processes: (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(tensor):
+    """This process's share of the rows of a batch that every process has drawn alike."""
+    rank, world = processes()
+    return tensor.chunk(world)[rank]
+
+
+def average(tensor):
+    """Replaces the tensor by its mean over the processes."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()[1]
+
+
+def update(optimizer):
+    """A step of the optimizer, with gradients averaged over the processes."""
+    if processes()[1] > 1:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        grads = [grad for grad in grads if grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        average(flat)
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view(grad.shape))
+    optimizer.step()
+
+
 def main(argv=None):
     """Runs the script; a mistake of the user's ends in one line on stderr and exit code 2."""
     try:
         args, state = read_arguments(arguments(), argv)
         if args.generate:
             return generate(args)
-        run = Run(args, state)
-        number = run.train()
+        if dist.is_torchelastic_launched():
+            dist.init_process_group()
+        with contextlib.closing(Run(args, state)) as run:
+            number = run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError) as error:
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if number:
-        print(f"{SCRIPT}: stopped at update {run.step}; to go on: "
-              f"python {SCRIPT}.py --resume {run.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
         raise SystemExit(128 + number)
 
 
