@@ -7,6 +7,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "dispatch.h"
 #include "info_loss.h"
 
@@ -298,6 +302,20 @@ std::pair<double, double> run(Call<T>& call) {
   return total;
 }
 
+// Asks for huge pages under a large new tensor. glibc returns freed blocks of 32 MiB to the system, so
+// every call would meet fresh pages; in pages of 4 KiB the faults took a third of the backward.
+void ask_for_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes < 32 << 20) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  // Advice alone: where the system does not take it, nothing changes.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 std::tuple<Tensor, Tensor> info_loss(
     const Tensor& q, const Tensor& category, const Tensor& code, std::vector<int64_t> sizes) {
   const InfoShape shape = check_info_loss(q, category, code, sizes);
@@ -324,6 +342,7 @@ Tensor info_loss_backward(
   check_loss_gradient(categorical_gradient, "categorical_gradient", q);
   check_loss_gradient(continuous_gradient, "continuous_gradient", q);
   Tensor result = new_tensor(q, {shape.batch, shape.columns}, q.scalar_type());
+  ask_for_huge_pages(result);
   Matrix gradient(result);
   with_type(loss_type(q), [&](auto zero) {
     using T = Accumulator<decltype(zero)>;

@@ -91,6 +91,15 @@ def test_huge_rows(device):
     assert_same(*draw(3, [200_000, 5], 3, device, torch.float32), 2e-6)
 
 
+def test_a_large_batch(device):
+    q, category, code, sizes = draw(1000, [10], 2, device, torch.float32)
+    want = losses_and_gradient(info_loss, q, category, code, sizes)
+    many = (t.repeat(1024, 1) for t in (q, category, code))  # q takes more than 32 MiB
+    got = losses_and_gradient(info_loss, *many, sizes)
+    torch.testing.assert_close(got[:2], want[:2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[2], (want[2] / 1024).repeat(1024, 1), rtol=1e-5, atol=1e-12)
+
+
 def test_extreme_values(device):
     q = torch.tensor([[1e4, -1e4, 0.0, 3.0, 40.0], [-1e30, 1e30, -1e30, 0.0, -40.0]], device=device)
     category = torch.tensor([[0], [1]], device=device)
