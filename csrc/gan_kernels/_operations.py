@@ -669,20 +669,21 @@ class Rewritten(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        values = (*args, *kwargs.values())
-        if torch.compiler.is_compiling():
+        tracing = torch.compiler.is_compiling()
+        if tracing:
+            values = (*args, *kwargs.values())
             self.used += [v for v in values if isinstance(v, torch.nn.Parameter)]
         if func not in _REWRITTEN or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         x = kwargs["input"] if "input" in kwargs else args[0]
         if not (isinstance(x, torch.Tensor) and x.requires_grad):
             return func(*args, **kwargs)
-        for value in values:
+        for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and (
                 type(value) not in _PLAIN or not value.is_floating_point()
             ):
                 return func(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if tracing:
             if func in _PIECEWISE_LINEAR:
                 self.below, self.used = self.below + self.used, []
             return _TRACED[func](*args, **kwargs)

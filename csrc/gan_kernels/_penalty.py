@@ -62,9 +62,9 @@ class _Penalty(torch.autograd.Function):
         return result, None, *map(torch.zeros_like, ctx.silent)
 
 
-def _walk(roots):
-    """Return {node: its children} of the autograd graph below roots, children before parents."""
-    below, stack = {}, [(root, None) for root in roots]
+def _walk(root):
+    """Return {node: its children} of the autograd graph below root, children before parents."""
+    below, stack = {}, [(root, None)]
     while stack:
         node, children = stack.pop()
         if children is not None:
@@ -73,19 +73,10 @@ def _walk(roots):
             children = [child for child, _ in node.next_functions if child is not None]
             if children:
                 stack.append((node, children))
-                stack.extend((child, None) for child in children if child not in below)
+                stack += [(child, None) for child in children if child not in below]
             else:
                 below[node] = children
     return below
-
-
-def _leaves(graph):
-    """Return the tensors whose gradients are accumulated in the graph's last nodes."""
-    return [
-        node.variable
-        for node, children in graph.items()
-        if not children and hasattr(node, "variable")
-    ]
 
 
 def _silent_parameters(scores, x, rewritten):
@@ -95,15 +86,29 @@ def _silent_parameters(scores, x, rewritten):
     that lies below it: a bias, say, gets zeros rather than no gradient at all. Left out are the
     weights that are sure to have a gradient, as adding zeros to large ones takes time.
     """
+    graph = _walk(scores.grad_fn)
     leads_to_x = set()
-    for node, children in _walk([scores.grad_fn]).items():
-        if leads_to_x.intersection(children) if children else getattr(node, "variable", 0) is x:
+    for node, children in graph.items():
+        if children:
+            if not leads_to_x.isdisjoint(children):
+                leads_to_x.add(node)
+        elif getattr(node, "variable", None) is x:
             leads_to_x.add(node)
-    below = _walk([node for node in rewritten.silenced if node in leads_to_x])
-    weights = [weight for node, weight in rewritten.weighted if node in leads_to_x]
-    sure = _leaves(_walk([weight.grad_fn for weight in weights if weight.grad_fn is not None]))
-    left_out = {id(tensor) for tensor in [x, *weights, *sure]}
-    return [tensor for tensor in _leaves(below) if id(tensor) not in left_out]
+    left_out = {id(x)}
+    for node, weight in rewritten.weighted:
+        if node in leads_to_x:
+            left_out.add(id(weight))
+            if weight.grad_fn is not None:  # it is computed from parameters
+                leaves = _walk(weight.grad_fn)
+                left_out.update(id(leaf.variable) for leaf in leaves if hasattr(leaf, "variable"))
+    below = leads_to_x.intersection(rewritten.silenced)
+    silent = []
+    for node in reversed(graph):  # parents before children
+        if node in below:
+            below.update(graph[node])
+            if hasattr(node, "variable") and id(node.variable) not in left_out:
+                silent.append(node.variable)
+    return silent
 
 
 def _traced_penalty(critic, x, target):
