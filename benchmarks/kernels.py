@@ -8,13 +8,12 @@ turn, so that a slow moment of the machine falls on all of them.
 """
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 
 import gan_kernels
 import torch
-from timing import medians
+from timing import machine, medians
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -113,14 +112,15 @@ def critics():
         ),
         (16, 3, 64, 64),
     )  # fmt: skip
-    yield (
-        "MLP, 784-512-512-256",
-        nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 512), leaky(), nn.Linear(512, 512), leaky(),
-            nn.Linear(512, 256), leaky(), nn.Linear(256, 1),
-        ),
-        (256, 1, 28, 28),
-    )  # fmt: skip
+    for batch in (256, 1024):
+        yield (
+            "MLP, 784-512-512-256",
+            nn.Sequential(
+                nn.Flatten(), nn.Linear(784, 512), leaky(), nn.Linear(512, 512), leaky(),
+                nn.Linear(512, 256), leaky(), nn.Linear(256, 1),
+            ),
+            (batch, 1, 28, 28),
+        )  # fmt: skip
     first = nn.Sequential(conv(3, 128, 3, padding=1), nn.ReLU(), conv(128, 128, 3, padding=1))
     yield (
         "CIFAR residual, 128",
@@ -152,7 +152,8 @@ def plain_penalty(critic, x):
 def penalty_rows(device, shrink, seconds):
     """Yield one row a critic: the penalty and its gradients in the parameters.
 
-    The floor of a piecewise-linear critic is forward + (forward and backward), the backward to the
+    The floor of a piecewise-linear critic is one forward, one backward to the input, one tangent
+    forward and one weight gradient, timed as forward + (forward and backward), the backward to the
     input as well as to the parameters; with curvature it is twice (forward and backward).
     """
     for name, critic, shape in critics():
@@ -226,7 +227,9 @@ def plot(info, penalties, path):
     places = range(len(penalties))
     for shift, key in ((-0.2, "plain / floor"), (0.2, "ours / floor")):
         right.barh([i + shift for i in places], [row[key] for row in penalties], 0.38, label=key)
-    right.set_yticks(list(places), [row["critic"] for row in penalties], fontsize=7)
+    right.set_yticks(
+        list(places), [f"{row['critic']}, batch {row['batch']}" for row in penalties], fontsize=7
+    )
     right.axvline(1, color="grey", linewidth=0.8)
     right.invert_yaxis()
     right.set(xlabel="time over the floor", title="gradient_penalty")
@@ -244,9 +247,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     seconds = 0.0 if args.smoke else args.seconds
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     head = (
-        f"{machine or platform.machine()}, {args.threads} threads, PyTorch {torch.__version__}; "
+        f"{machine(args.device)}, {args.threads} threads, PyTorch {torch.__version__}; "
         f"{gan_kernels.build_info()}"
     )
     print(head)
