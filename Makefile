@@ -6,7 +6,7 @@ BUILD = "setuptools>=77" wheel ninja
 TEST = pytest ruff
 SANITIZED = build/sanitize/lib
 
-.PHONY: train test sanitize clean
+.PHONY: train test torture sanitize clean
 
 train: .venv/built
 	.venv/bin/python infogan.py $(ARGS)
@@ -15,6 +15,9 @@ test: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+torture: .venv/tested
+	TORTURE=1 .venv/bin/python -m pytest tests/test_torture.py
 
 # each file marks a finished step, so that an interrupted one starts again
 .venv/installed: Makefile

@@ -86,9 +86,21 @@ def arguments():
     """The paper's settings as flags, beside those that every script has."""
     parser = run_arguments("InfoGAN (Chen et al. 2016): a GAN whose codes come to mean something.")
     add = parser.add_argument_group("InfoGAN").add_argument
-    add("--categorical", type=at_least(2), nargs="*", default=[10], metavar="K", help="sizes (10)")
-    add("--continuous", type=at_least(0), default=2, help="number of continuous codes (2)")
-    add("--noise", type=at_least(0), default=62, help="number of noise values (62)")
+    add(
+        "--categorical",
+        type=at_least(2, high=10**4),
+        nargs="*",
+        default=[10],
+        metavar="K",
+        help="sizes (10)",
+    )
+    add(
+        "--continuous",
+        type=at_least(0, high=10**4),
+        default=2,
+        help="number of continuous codes (2)",
+    )
+    add("--noise", type=at_least(0, high=10**4), default=62, help="number of noise values (62)")
     add("--lambda-categorical", type=at_least(0, float), default=1.0, help="weight of L_I (1)")
     add("--lambda-continuous", type=at_least(0, float), default=0.1, help="weight of L_I (0.1)")
     add("--unit-variance", action="store_true", help="Q's Gaussians have variance 1, not learned")
@@ -98,7 +110,7 @@ def arguments():
     add("--lr-d", type=at_least(0, float), default=2e-4, help="learning rate of D and Q (2e-4)")
     add("--lr-g", type=at_least(0, float), default=1e-3, help="learning rate of G (1e-3)")
     add("--category", type=at_least(0), nargs="+", help="with --generate: the categorical codes")
-    add("--code", type=at_least(-math.inf, float), nargs="+", help="and the continuous, -2 to 2")
+    add("--code", type=at_least(-1e9, float), nargs="+", help="and the continuous, -2 to 2")
     return parser
 
 
@@ -560,13 +572,13 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def at_least(low, kind=int, high=math.inf):
-    """An argparse type: a finite number from low to high."""
+def at_least(low, kind=int, high=1e9):
+    """An argparse type: a number from low to high."""
 
     def convert(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number in [{low}, {high}]")
+        if not low <= value <= high:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not in [{low:g}, {high:g}]")
         return value
 
     convert.__name__ = kind.__name__
@@ -599,6 +611,8 @@ def run_arguments(description, image_sizes=(28, 32)):
 
 def read_arguments(parser, argv):
     """The arguments and, under --resume, the checkpoint, whose own arguments then hold."""
+    if any("\0" in text for text in argv or ()):  # no file has such a name
+        raise UsageError("an argument holds a null character; leave it out")
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, None
