@@ -1,0 +1,326 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.10", "torchvision", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# ///
+"""One yardstick for the generators of all the image scripts, in the order of the checkpoints.
+
+    python evaluate.py runs/A/checkpoint.pt runs/B/checkpoint.pt --out scores
+
+writes scores.csv and scores.png (a row of samples of each) and prints the table. Every measure
+compares images with one half of the test set, in the features of a small classifier that is trained
+on the training images and kept beside the data; the table states its test accuracy. The other half of
+the test set is scored like a generator: it is the ceiling, with as many images as each generator.
+
+- frechet: the Fréchet distance of Gaussians fitted to the features (Heusel et al. 2017,
+  https://arxiv.org/abs/1706.08500); 0 is best. It depends on the classifier and on the number of
+  images, so it compares rows of one table and nothing else.
+- score: exp of the mean KL(p(y|x) || p(y)), Inception's score with this classifier (Salimans et al.
+  2016, https://arxiv.org/abs/1606.03498); from 1 to the number of classes.
+- precision, recall: share of one set within the third-neighbour balls of the other (Kynkäänniemi et
+  al. 2019, https://arxiv.org/abs/1904.06991).
+- density, coverage: how many fifth-neighbour balls of real images hold a sample, and the share that
+  hold one (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). Density may exceed 1.
+- the share of samples that the classifier puts in each class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import io
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from infogan import Parser, UsageError, choose_device, load_data, one_line, write_file
+
+SCRIPT = "evaluate"
+SCRIPTS = ("infogan", "cgan", "wgan_gp")
+
+
+def arguments():
+    parser = Parser(prog=SCRIPT, description="Scores trained generators on their data set.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of one data set")
+    parser.add_argument("--data-dir", help="where the data set is (as in the first checkpoint)")
+    parser.add_argument("--out", default="scores", help="scores.csv and scores.png (scores)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    return parser
+
+
+# ------------------------------------------------------------------ measures
+def frechet_distance(a, b):
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the rows of a (n, d) and b (m, d)."""
+    a, b = a.double(), b.double()
+    s_a, s_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(s_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
+    return distance.clamp_min(0).item()
+
+
+def inception_score(logits):
+    """exp E[KL(p(y|x) || p(y))], from logits (n, classes)."""
+    log_p = logits.double().log_softmax(dim=1)
+    marginal = log_p.exp().mean(dim=0).clamp_min(1e-300).log()
+    return (log_p.exp() * (log_p - marginal)).sum(dim=1).mean().exp().item()
+
+
+def neighbour_distance(x, k):
+    """The distance (n,) of each row of x (n, d) to its k-th nearest other row."""
+    k = min(k, len(x) - 1)
+    return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(1000)])
+
+
+def distances(a, b):
+    """Between the rows of a and b: exact, so that of a row to itself is 0."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def balls_holding(points, centres, radius):
+    """For each point (m, d) the number of balls that hold it; for each ball whether it holds one."""
+    counts, holding = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
+    for part in points.split(1000):
+        within = distances(part, centres) <= radius
+        counts.append(within.sum(dim=1))
+        holding |= within.any(dim=0)
+    return torch.cat(counts), holding
+
+
+def neighbourhoods(real, fake):
+    """precision, recall, density and coverage of the rows of fake (m, d) beside real (n, d)."""
+    third, fifth = neighbour_distance(real, 3), neighbour_distance(real, 5)
+    in_real, _ = balls_holding(fake, real, third)
+    in_fake, _ = balls_holding(real, fake, neighbour_distance(fake, 3))
+    counts, holding = balls_holding(fake, real, fifth)
+    return {
+        "precision": (in_real > 0).double().mean().item(),
+        "recall": (in_fake > 0).double().mean().item(),
+        "density": counts.double().mean().item() / min(5, len(real) - 1),
+        "coverage": holding.double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def scores(classifier, real, images, classes):
+    """One row of the table: images (n, channels, size, size) in [0, 1] beside the real features."""
+    parts = [classifier(part) for part in images.split(500)]
+    features, logits = (torch.cat(part) for part in zip(*parts))
+    share = torch.bincount(logits.argmax(dim=1), minlength=len(classes)).double() / len(images)
+    row = {"images": len(images), "frechet": frechet_distance(real, features)}
+    row |= {"score": inception_score(logits), **neighbourhoods(real, features)}
+    return row | {f"class {name}": value for name, value in zip(classes, share.tolist())}
+
+
+# ------------------------------------------------------------------ checkpoints
+def read_checkpoint(path):
+    """The module of the script that wrote a checkpoint, and the checkpoint's state."""
+    try:
+        script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
+    if script not in SCRIPTS:
+        raise UsageError(f"{path} is not a checkpoint of {', '.join(SCRIPTS)}")
+    module = importlib.import_module(script)
+    return module, module.load_checkpoint(path)
+
+
+def read_generators(paths):
+    """The configuration and classes that all checkpoints share, and {name: (module, path)}."""
+    found, first = {}, None
+    for path in paths:
+        module, state = read_checkpoint(path)
+        kept = (state["config"]["dataset"], state["shape"], state["classes"])
+        first = first or (state["config"], kept)
+        if len(state["shape"]) != 3:
+            raise UsageError(f"{path} draws points of {kept[0]}, not images")
+        if kept != first[1]:
+            raise UsageError(
+                f"{path} is of {kept[0]}, the first is of {first[1][0]}: score them apart"
+            )
+        name = f"{module.SCRIPT} {Path(path).parent.name}"
+        found[name if name not in found else str(path)] = (module, path)
+    return first[0], found
+
+
+def draw(module, path, n, device):
+    """n images of a checkpoint's generator in [0, 1]; of a conditional one, of all classes alike."""
+    generator = module.load_generator(path, device)
+    images = []
+    for i in range(0, n, 500):
+        m = min(500, n - i)
+        which = torch.arange(i, i + m) % len(generator.classes) if module.SCRIPT == "cgan" else m
+        images.append(module.sample(generator, which, seed=1000 + i))
+    return torch.cat(images)
+
+
+# ------------------------------------------------------------------ what is left behind
+def table(rows, accuracy):
+    """The rows as text, with a column for each measure."""
+    names = [key for key in next(iter(rows.values())) if not key.startswith("class ")]
+    wide = max(len(name) for name in rows)
+    lines = [" ".join([" " * wide, *(f"{name:>9}" for name in names)])]
+    for label, row in rows.items():
+        cells = [f"{row[name]:9d}" if name == "images" else f"{row[name]:9.3f}" for name in names]
+        lines.append(" ".join([f"{label:{wide}}", *cells]))
+    lines.append(f"(classifier: test accuracy {accuracy:.4f})")
+    return "\n".join(lines)
+
+
+def write_csv(path, rows, accuracy):
+    text = io.StringIO(newline="")
+    first = {"name": "", **next(iter(rows.values())), "classifier_accuracy": 0}
+    writer = csv.DictWriter(text, list(first))
+    writer.writeheader()
+    for name, row in rows.items():
+        writer.writerow({"name": name, **row, "classifier_accuracy": accuracy})
+    write_file(path, text.getvalue().encode())
+
+
+def save_rows(path, images):
+    """A picture with a row of 16 images for each name in images."""
+    figure = Figure(figsize=(9, 0.8 * len(images) + 0.2), layout="constrained")
+    for axis, (name, part) in zip(
+        figure.subplots(len(images), 1, squeeze=False)[:, 0], images.items()
+    ):
+        axis.imshow(make_grid(part[:16], nrow=16, padding=1).permute(1, 2, 0).cpu().numpy())
+        axis.set_title(name, fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    """Scores the checkpoints; a mistake of the user's ends in one line and exit code 2."""
+    try:
+        evaluate(arguments().parse_args(argv))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (UsageError, OSError) as error:
+        print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def evaluate(args):
+    """Draws, measures, and writes the table and the picture."""
+    config, generators = read_generators(args.checkpoints)
+    device = choose_device(args.device)
+    if args.data_dir is not None:
+        config["data_dir"] = args.data_dir
+    data = load_data(argparse.Namespace(**config), device)
+    if len(data.test) < 20:
+        raise UsageError(f"{data.name} has {len(data.test)} test images; scores need 20 or more")
+    classifier, accuracy = load_classifier(data, Path(config["data_dir"]))
+    mixed = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)
+    reference, held = (data.test[half] / 255 for half in mixed.chunk(2))
+    with torch.no_grad():
+        real = torch.cat([classifier(part)[0] for part in reference.split(500)])
+    images = {"held-out real": held}
+    for name, (module, path) in generators.items():
+        images[name] = draw(module, path, len(held), device)
+    rows = {name: scores(classifier, real, part, data.classes) for name, part in images.items()}
+    write_csv(Path(f"{args.out}.csv"), rows, accuracy)
+    save_rows(Path(f"{args.out}.png"), images)
+    print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
+
+
+# ================================================================== plumbing
+# --- shared: classifier ---
+class Classifier(nn.Module):
+    """A small convolutional network: features (n, 128) and logits of images in [0, 1]."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        channels, size, _ = shape
+        layers = []
+        for inputs, outputs in ((channels, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(64 * (size // 8) ** 2, 128), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.logits = nn.Linear(128, len(classes))
+
+    def forward(self, images):
+        features = self.features(images * 2 - 1)
+        return features, self.logits(features)
+
+
+@torch.no_grad()
+def classify(classifier, images):
+    """The most likely class of each image: uint8, or float in [0, 1]."""
+    parts = (part if part.is_floating_point() else part / 255 for part in images.split(500))
+    return torch.cat([classifier(part)[1].argmax(dim=1) for part in parts])
+
+
+def load_classifier(data, folder):
+    """A classifier trained on the training images, and its accuracy on the test images.
+
+    It is kept in the folder for the next time. One that is there, but damaged or trained on other
+    images, is replaced; a folder that can not be written is no obstacle.
+    """
+    path, images = Path(folder) / f"classifier-{data.name}.pt", 0
+    for tensor in (data.train, data.train_labels, data.test, data.test_labels):
+        images = zlib.crc32(tensor.cpu().numpy(), images)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):  # where initial weights draw no random numbers
+            classifier = Classifier(data.classes, data.train.shape[1:])
+        classifier.load_state_dict(state["classifier"], assign=True)
+        if state["images"] == images:
+            return classifier.eval().to(data.train.device), state["accuracy"]
+    except Exception:  # there is none, or it is damaged, which raises many kinds
+        pass
+    classifier, accuracy = train_classifier(data)
+    state = {"classifier": classifier.state_dict(), "accuracy": accuracy, "images": images}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, buffer.getbuffer())
+    except OSError as error:
+        print(f"{SCRIPT}: the classifier is not kept ({one_line(error)})", file=sys.stderr)
+    return classifier, accuracy
+
+
+def train_classifier(data, epochs=3, least=150, batch=128):
+    """Adam on images moved by up to 2 pixels; the run's own random numbers stay as they are."""
+    device, n, size = data.train.device, len(data.train), data.train.shape[-1]
+    batch = min(batch, n)
+    steps = max(epochs * (n // batch), least)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        classifier = Classifier(data.classes, data.train.shape[1:])
+        classifier.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        padded, at = F.pad(data.train, (2, 2, 2, 2)), torch.arange(size, device=device)
+        for step in tqdm(range(steps), desc="classifier", disable=None, leave=False):
+            at_batch = step % (n // batch)
+            if at_batch == 0:
+                order = torch.randperm(n, device=device)
+            index = order[at_batch * batch :][:batch, None]
+            y, x = torch.randint(5, (2, batch, 1), device=device) + at
+            images = padded[index[..., None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+            loss = F.cross_entropy(classifier(images / 255)[1], data.train_labels[index[:, 0]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    right = classify(classifier.eval(), data.test) == data.test_labels
+    return classifier, right.double().mean().item()
+
+
+# --- end shared ---
+
+
+if __name__ == "__main__":
+    main()
