@@ -57,6 +57,16 @@ inline bool is_floating(ScalarType type) {
       type == ScalarType::Half;
 }
 
+inline int32_t device_type(const Tensor& tensor) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
+}
+
 // An uninitialised contiguous tensor on `like`'s device. Straight through the C interface: the
 // dispatcher's boxed call costs as much as a small kernel.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -65,15 +75,13 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; --d) {
     strides[d] = strides[d + 1] * std::max<int64_t>(size[d + 1], 1);
   }
-  int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(),
       size,
       strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      device,
+      device_type(like),
       like.get_device_index(),
       &handle));
   return Tensor(handle);

@@ -59,22 +59,19 @@ inline InfoShape check_info_loss(
   require(q.dim() == 2, "info_loss: q must have two dimensions, not ", q.dim());
   require(category.dim() == 2, "info_loss: category must have two dimensions, not ", category.dim());
   require(code.dim() == 2, "info_loss: code must have two dimensions, not ", code.dim());
-  require(
-      q.is_cuda() == category.is_cuda() && q.get_device_index() == category.get_device_index(),
-      "info_loss: category must be on q's device");
-  require(
-      q.is_cuda() == code.is_cuda() && q.get_device_index() == code.get_device_index(),
-      "info_loss: code must be on q's device");
+  require(same_device(q, category), "info_loss: category must be on q's device");
+  require(same_device(q, code), "info_loss: code must be on q's device");
   InfoShape shape{q.size(0), q.size(1), 0, code.size(1), false};
   require(shape.batch > 0, "info_loss: q has an empty batch");
+  require(shape.columns > 0, "info_loss: q has no columns");
   for (int64_t size : sizes) {
     require(size > 0, "info_loss: sizes must be positive, but holds ", size);
     // Compared by subtraction: a sum of absurd sizes could overflow.
     require(
         size <= shape.columns - shape.logits,
-        "info_loss: q has ",
+        "info_loss: sizes add up to more than the ",
         shape.columns,
-        " columns, fewer than the sum of sizes");
+        " columns of q");
     shape.logits += size;
   }
   require(
@@ -116,7 +113,7 @@ inline ScalarType loss_type(const Tensor& q) {
 inline void check_loss_gradient(const Tensor& gradient, const char* name, const Tensor& q) {
   require(
       gradient.dim() == 0 && gradient.scalar_type() == loss_type(q) &&
-          gradient.is_cuda() == q.is_cuda() && gradient.get_device_index() == q.get_device_index(),
+          same_device(gradient, q),
       "info_loss_backward: ",
       name,
       " must be a scalar of the loss's dtype on q's device");

@@ -46,7 +46,7 @@ inline void check_layer_norm(
   const auto check = [&](const Tensor& tensor, int64_t numel, const char* name) {
     require(
         tensor.scalar_type() == type && tensor.numel() == numel && tensor.is_contiguous() &&
-            tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(),
+            same_device(tensor, x),
         "layer_norm_double_backward: ",
         name,
         " must be contiguous, with the size, dtype and device that x asks for");

@@ -37,8 +37,7 @@ inline void check_penalty_backward(
   check_gradient(gradient);
   for (const Tensor* tensor : {&penalty_gradient, &norms}) {
     require(
-        tensor->scalar_type() == norm_type(gradient) && tensor->is_cuda() == gradient.is_cuda() &&
-            tensor->get_device_index() == gradient.get_device_index(),
+        tensor->scalar_type() == norm_type(gradient) && same_device(*tensor, gradient),
         "penalty_backward: penalty_gradient and norms must have the norm's dtype and device");
   }
   require(penalty_gradient.dim() == 0, "penalty_backward: penalty_gradient must be a scalar");
