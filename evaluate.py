@@ -256,9 +256,13 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def classify(classifier, images):
-    """The most likely class of each image: uint8, or float in [0, 1]."""
-    parts = (part if part.is_floating_point() else part / 255 for part in images.split(500))
-    return torch.cat([classifier(part)[1].argmax(dim=1) for part in parts])
+    """The most likely class of each image."""
+    return torch.cat([classifier(unit(x))[1].argmax(dim=1) for x in images.split(500)])
+
+
+def unit(images):
+    """Images, uint8 or already floats in [0, 1], as floats in [0, 1]."""
+    return images if images.is_floating_point() else images / 255
 
 
 def load_classifier(data, folder):
@@ -276,7 +280,7 @@ def load_classifier(data, folder):
             classifier = Classifier(data.classes, data.train.shape[1:])
         classifier.load_state_dict(state["classifier"], assign=True)
         if state["images"] == images:
-            return classifier.eval().to(data.train.device), state["accuracy"]
+            return classifier.eval().to(data.train.device), float(state["accuracy"])
     except Exception:  # there is none, or it is damaged, which raises many kinds
         pass
     classifier, accuracy = train_classifier(data)
@@ -310,7 +314,7 @@ def train_classifier(data, epochs=3, least=150, batch=128):
             index = order[at_batch * batch :][:batch, None]
             y, x = torch.randint(5, (2, batch, 1), device=device) + at
             images = padded[index[..., None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
-            loss = F.cross_entropy(classifier(images / 255)[1], data.train_labels[index[:, 0]])
+            loss = F.cross_entropy(classifier(unit(images))[1], data.train_labels[index[:, 0]])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

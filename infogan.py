@@ -335,7 +335,7 @@ def augment(images, args):
     if not (args.shift or args.rotate):
         return images
     n, _, _, size = images.shape
-    draws = mine(torch.rand(3, n * processes()[1], device=images.device).T).T * 2 - 1
+    draws = mine(torch.rand(3, n * processes()[1], device=images.device), dim=1) * 2 - 1
     angle, (x, y) = draws[0] * math.radians(args.rotate), draws[1:] * args.shift * 2 / size
     cos, sin = angle.cos(), angle.sin()
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(n, 2, 3)
@@ -807,7 +807,12 @@ class Run:
         keep_memory()
         torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+        last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
+        if dist.is_initialized() and last:
+            dist.barrier()
         self.data = load_data(args, self.device)
+        if dist.is_initialized() and not last:
+            dist.barrier()
         args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
@@ -824,8 +829,8 @@ class Run:
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
         self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.folder = Path(args.out or "runs")
         if state is not None:
-            self.folder = Path(args.out)
             self.restore(state)
         elif self.rank == 0:
             self.folder = create_run(args)
@@ -849,7 +854,7 @@ class Run:
         hidden = True if self.rank else None  # None: shown on a terminal
         self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=hidden)
         self.started = time.perf_counter() - self.seconds
-        take_step = self.stepper()
+        take_step = stepper(self.model, self.data)
         try:
             while self.step < self.total and not (stop := self.stopped(caught)):
                 epoch, at = divmod(self.step, self.epoch_steps)
@@ -883,35 +888,6 @@ class Run:
         """One line for the user, from the first process alone."""
         if self.rank == 0:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
-
-    def stepper(self):
-        """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
-        bf16 = self.args.precision == "bf16"
-
-        def eager(index):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                return train_step(self.model, self.data, index)
-
-        if self.device.type == "cpu" or self.args.no_graph:
-            return eager
-        stream, graph, warm = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
-        index = torch.zeros(self.model.images_per_step, dtype=torch.int64, device=self.device)
-
-        def replay(new):
-            index.copy_(new)
-            if len(warm) < 3:  # what is set up once must be there before the capture
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    warm.append(eager(index))
-                torch.cuda.current_stream().wait_stream(stream)
-                return warm[-1]
-            if len(warm) == 3:
-                with torch.cuda.graph(graph):
-                    warm.append(eager(index))
-            graph.replay()
-            return warm[3]
-
-        return replay
 
     def stopped(self, caught):
         """Whether a signal came; several processes have to agree, which they do now and then."""
@@ -1009,8 +985,14 @@ class Run:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and "cuda_rng" in state:
+        if self.device.type == "cpu":
+            return
+        if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
+        for part in self.model.parts.values():  # load_state_dict moves all but these
+            for group in getattr(part, "param_groups", ()):
+                on_device = {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
+                group |= {"capturable": True} | on_device
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
@@ -1119,15 +1101,47 @@ def load_parts(parts, state, path):
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
 
 
+def stepper(model, data):
+    """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
+    args, device = model.args, data.train.device
+    bf16 = args.precision == "bf16"
+
+    def eager(index):
+        # without autocast's cache of weights, as they change within a step
+        with torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
+            return train_step(model, data, index)
+
+    if device.type == "cpu" or args.no_graph:
+        return eager
+    stream, graph, done = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    index = torch.zeros(model.images_per_step, dtype=torch.int64, device=device)
+
+    def replay(new):
+        index.copy_(new)
+        if len(done) < 3:  # what is set up once must be there before the capture
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                done.append(eager(index))
+            torch.cuda.current_stream().wait_stream(stream)
+            return done[-1]
+        if len(done) == 3:
+            with torch.cuda.graph(graph):
+                done.append(eager(index))
+        graph.replay()
+        return done[3]
+
+    return replay
+
+
 def processes():
     """This process's rank and the number of processes: (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def mine(tensor):
-    """This process's share of the rows of a batch that every process has drawn alike."""
+def mine(tensor, dim=0):
+    """This process's share, along dim, of a batch that every process has drawn alike."""
     rank, world = processes()
-    return tensor.chunk(world)[rank]
+    return tensor.chunk(world, dim)[rank]
 
 
 def average(tensor):

@@ -1,0 +1,482 @@
+"""cgan.py: networks, schedule, measurements, classifier, and what is its own in whole runs."""
+
+import importlib.util
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_runs import checkpoint, no_network, rows, same, write_images, write_mnist
+from torch import distributions
+
+import cgan
+
+NETWORKS = ("conv", "mlp")
+CLASSES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test in a folder of its own, with no network and few samples to measure."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cgan.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(cgan, "SAMPLES", 200)
+
+
+def model_and_data(*flags, images=64):
+    args = cgan.arguments().parse_args(["--batch-size", "16", "--data-dir", "cache", *flags])
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(1)
+    train = torch.randint(256, (images, 1, 28, 28), dtype=torch.uint8, generator=rng)
+    labels = torch.arange(images) % 10
+    data = cgan.Data("made", CLASSES, train, labels, train[:20], labels[:20])
+    return cgan.Model(args, data, torch.device("cpu")), data
+
+
+def networks(name, classes=10, shape=(1, 28, 28)):
+    torch.manual_seed(0)
+    return [kind([str(i) for i in range(classes)], shape) for kind in cgan.NETWORKS[name]]
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+# ------------------------------------------------------------------ networks
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def test_mlp_has_the_sizes_of_the_paper():
+    g, d = networks("mlp")
+    assert parameters(g) == (
+        linear(100, 200) + linear(10, 1000) + linear(1200, 1200) + linear(1200, 784)
+    )
+    assert parameters(d) == (
+        linear(784, 240 * 5) + linear(10, 50 * 5) + linear(290, 240 * 4) + linear(240, 1)
+    )
+    assert [m.p for m in (*g.modules(), *d.modules()) if isinstance(m, torch.nn.Dropout)] == [
+        0.5
+    ] * 6
+
+
+def test_conv_has_the_sizes_of_infogan():
+    conv = lambda i, o: 16 * i * o + o  # noqa: E731
+    g, d = networks("conv")
+    assert parameters(g) == (
+        linear(110, 1024) + 2 * 1024 + linear(1024, 6272) + 2 * 6272
+        + conv(128, 64) + 2 * 64 + 16 * 64 + 1
+    )  # fmt: skip
+    trunk = conv(1, 64) + conv(64, 128) + 2 * 128 + linear(6272, 1024) + 2 * 1024
+    assert parameters(d) == trunk + linear(1024, 1) + 10 * 1024
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_and_range(name, shape):
+    g, d = networks(name, 3, shape)
+    label = torch.tensor([0, 1, 2, 0])
+    images = g(torch.rand(4, 100), label)
+    assert images.shape == (4, *shape) and images.abs().max() <= 1
+    assert d(label, images).shape == (4,) and d(label, images, images).shape == (8,)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_label_reaches_both_networks(name):
+    """Another label changes the outputs for the same noise and image, for each label."""
+    g, d = (network.eval() for network in networks(name))
+    noise, image = (
+        torch.rand(1, 100).expand(10, -1),
+        torch.rand(1, 1, 28, 28).expand(10, -1, -1, -1),
+    )
+    with torch.no_grad():
+        images, scores = g(noise, torch.arange(10)).flatten(1), d(torch.arange(10), image)
+    assert F.pdist(images).min() > 1e-3
+    assert len(set(scores.tolist())) == 10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batches_in_one_pass_are_apart_and_share_their_labels(name):
+    _, d = networks(name)
+    if name == "mlp":
+        d.eval()  # without dropout
+    a, b = torch.randn(8, 1, 28, 28), 3 * torch.randn(8, 1, 28, 28) + 1
+    label = torch.arange(8)
+    assert torch.allclose(d(label, a, b), torch.cat([d(label, a), d(label, b)]), atol=1e-5)
+
+
+def test_maxout_is_the_largest_of_its_pieces():
+    torch.manual_seed(0)
+    layer, x = cgan.Maxout(7, 4, 3), torch.randn(5, 7)
+    weight, bias = layer.linear.weight.detach().view(3, 4, 7), torch.randn(3, 4)
+    layer.linear.bias.data = bias.flatten()
+    for n in range(5):
+        for unit in range(4):
+            pieces = [float(weight[k, unit] @ x[n] + bias[k, unit]) for k in range(3)]
+            assert math.isclose(float(layer(x)[n, unit].detach()), max(pieces), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_noise_has_variance_1(name):
+    noise = cgan.NETWORKS[name][0].draw(1000, "cpu", torch.Generator().manual_seed(0))
+    assert noise.shape == (1000, 100)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert (noise.abs().max() <= 3**0.5) == (name == "mlp")  # uniform there, normal here
+
+
+def test_untrained_mlp_draws_the_mean_image():
+    model, data = model_and_data("--network", "mlp")
+    images = cgan.sample(model.generator.eval(), torch.arange(10))
+    assert (images.mean(dim=0) - data.train.float().mean(dim=0) / 255).abs().mean() < 0.1
+
+
+# ------------------------------------------------------------------ the training step
+def test_sgd_follows_the_paper():
+    """Against torch's SGD, whose rate and momentum are set by hand before each update."""
+    torch.manual_seed(0)
+    ours, theirs = torch.zeros(3, requires_grad=True), torch.zeros(3, dtype=torch.float64)
+    optimizer, velocity = cgan.PaperSGD([ours], 0.1), torch.zeros(3, dtype=torch.float64)
+    for update in range(40):
+        if update == 20:  # far into the schedule
+            optimizer.state[ours]["step"].fill_(100_000)
+        t = update if update < 20 else 100_000 + update - 20
+        gradient = torch.randn(3)
+        ours.grad = gradient
+        optimizer.step()
+        momentum = 0.5 + 0.2 * t / 125_000
+        velocity = momentum * velocity - max(0.1 / 1.00004**t, 1e-6) * gradient.double()
+        theirs += velocity
+        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+    optimizer.state[ours]["step"].fill_(1e6)
+    optimizer.state[ours]["velocity"].fill_(1)
+    before = ours.detach().clone()
+    ours.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.allclose(ours - before, torch.full((3,), 0.7), atol=1e-6)  # its end
+    ours.grad = torch.full((3,), 1e6)
+    optimizer.state[ours]["velocity"].zero_()
+    optimizer.step()
+    assert torch.allclose(optimizer.state[ours]["velocity"], torch.tensor(-1.0))  # rate 1e-6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_losses_are_those_of_the_paper(name):
+    """At chance D's loss is 2 log 2 and G's log 2."""
+    model, data = model_and_data("--network", name, "--lr-d", "0", "--lr-g", "0")
+    with torch.no_grad():
+        for p in model.discriminator.parameters():
+            p.zero_()
+    losses = cgan.train_step(model, data, torch.arange(16))
+    want = torch.tensor([2 * math.log(2), math.log(2)])
+    assert torch.allclose(losses, want) and not losses.requires_grad
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_step_moves_every_weight_under_the_labels_of_its_images(name):
+    model, data = model_and_data("--network", name)
+    seen, index = [], torch.randperm(64)[:16]
+    for network, at in ((model.generator, 1), (model.discriminator, 0)):
+        network.register_forward_pre_hook(lambda _, inputs, at=at: seen.append(inputs[at]))
+    before = {n: p.clone() for n, p in model.generator.named_parameters()}
+    before |= {n: p.clone() for n, p in model.discriminator.named_parameters()}
+    cgan.train_step(model, data, index)
+    assert all(torch.equal(label, data.train_labels[index]) for label in seen) and len(seen) == 3
+    after = dict(model.generator.named_parameters()) | dict(model.discriminator.named_parameters())
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+
+
+# ------------------------------------------------------------------ sampling
+def test_sample_obeys_labels_and_leaves_the_training_draws_alone():
+    g, _ = networks("conv")
+    g.eval()
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    images = cgan.sample(g, [3, 3, 7], seed=2)
+    assert torch.equal(torch.rand(3), want)
+    noise = g.draw(3, "cpu", torch.Generator().manual_seed(2))
+    expected = g(noise, torch.tensor([3, 3, 7])) / 2 + 0.5
+    assert torch.allclose(images, expected, atol=1e-6)
+    assert images.min() >= 0 and images.max() <= 1
+    assert not torch.equal(images, cgan.sample(g, [3, 3, 7], seed=3))
+
+
+def test_samples_have_a_row_for_each_label(monkeypatch):
+    model, _ = model_and_data()
+    monkeypatch.setattr(
+        model.generator, "forward",
+        lambda noise, label: (label / 5 - 1).float().view(-1, 1, 1, 1).expand(-1, 1, 28, 28),
+    )  # fmt: skip
+    cgan.save_samples(model, "rows.png")
+    with Image.open("rows.png") as image:
+        assert image.size == (10 * 30 + 2, 10 * 30 + 2)
+        for row in range(10):
+            shades = {image.getpixel((x * 30 + 15, row * 30 + 15))[0] for x in range(10)}
+            assert len(shades) == 1 and abs(shades.pop() - row * 25.5) <= 1
+
+
+# ------------------------------------------------------------------ Parzen window
+def mixture(means, sigma):
+    windows = distributions.Independent(distributions.Normal(means, sigma), 1)
+    return distributions.MixtureSameFamily(
+        distributions.Categorical(torch.ones(len(means), dtype=torch.float64)), windows
+    )
+
+
+def test_parzen_is_the_density_of_the_gaussian_mixture():
+    torch.manual_seed(0)
+    samples, points = torch.rand(37, 5), torch.rand(23, 5)
+    sigmas = [0.05, 0.3, 2.0]
+    got = cgan.parzen(points, samples, sigmas, chunk=7)
+    for row, sigma in zip(got, sigmas):
+        assert torch.allclose(row, mixture(samples.double(), sigma).log_prob(points.double()))
+
+
+def test_parzen_of_normal_samples():
+    """Windows of width s on many samples of N(0, 1) have the density of N(0, 1 + s^2)."""
+    samples = distributions.Normal(0, 1).icdf((torch.arange(20_000) + 0.5) / 20_000)[:, None]
+    points = torch.linspace(-2, 2, 9)[:, None]
+    got = cgan.parzen(points, samples, [0.5])[0]
+    want = distributions.Normal(0, 1.25**0.5).log_prob(points[:, 0]).double()
+    assert torch.allclose(got, want, atol=1e-3)
+
+
+def test_parzen_figures_choose_sigma_on_training_images_and_score_the_test_images():
+    """Images a known distance from the samples: the best sigma is that distance over root d."""
+    rng = torch.Generator().manual_seed(0)
+    sample = torch.full((1, 1, 28, 28), 0.5)
+    images = 127.5 + 51 * torch.randn(1200, 1, 28, 28, generator=rng)  # 0.2 in [0, 1]
+    images = images.clamp(0, 255).byte()
+    data = cgan.Data("made", ["a", "b"], images[:1000], None, images[1000:], None)
+    figures = cgan.parzen_figures(sample, data)
+    assert abs(figures["parzen_sigma"] / 0.2 - 1) < 0.06  # the grid's step is 11 %
+    want = mixture(sample.flatten(1).double(), figures["parzen_sigma"])
+    nats = want.log_prob(images[1000:].flatten(1).double() / 255)
+    assert math.isclose(figures["parzen_nats"], nats.mean(), rel_tol=1e-6)
+    assert math.isclose(figures["parzen_standard_error"], nats.std() / 200**0.5, rel_tol=0.01)
+
+
+# ------------------------------------------------------------------ classifier
+@pytest.fixture(scope="module")
+def digits():
+    args = cgan.arguments().parse_args(["--dataset", "digits"])
+    return cgan.load_data(args, "cpu")
+
+
+def quick_classifier(monkeypatch):
+    """Replaces training by a few steps, and counts them."""
+    train, calls = cgan.train_classifier, []
+    monkeypatch.setattr(
+        cgan, "train_classifier", lambda data: calls.append(1) or train(data, epochs=0, least=2)
+    )
+    return calls
+
+
+def test_classifier_of_digits_is_a_yardstick(digits):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    classifier, accuracy = cgan.train_classifier(digits)
+    assert torch.equal(torch.rand(3), want)
+    assert accuracy >= 0.97
+    features, logits = classifier(digits.test[:7] / 255)
+    assert features.shape == (7, 128) and logits.shape == (7, 10)
+    found = cgan.classify(classifier, digits.test)
+    assert torch.equal(found, cgan.classify(classifier, digits.test / 255))
+    assert (found == digits.test_labels).double().mean() == accuracy
+
+
+def test_classifier_is_kept_beside_the_data(digits, monkeypatch):
+    calls = quick_classifier(monkeypatch)
+    draws = torch.get_rng_state()
+    first = cgan.load_classifier(digits, "made/here")
+    assert [path.name for path in Path("made/here").iterdir()] == ["classifier-digits.pt"]
+    second = cgan.load_classifier(digits, "made/here")
+    assert calls == [1] and same(first[0].state_dict(), second[0].state_dict())
+    assert first[1] == second[1] and not second[0].training
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_classifier_that_is_damaged_or_of_other_images_is_replaced(digits, monkeypatch):
+    calls = quick_classifier(monkeypatch)
+    path = Path("classifier-digits.pt")
+    want = cgan.load_classifier(digits, ".")[0].state_dict()
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no checkpoint", pickle.dumps(Payload())):
+        path.write_bytes(content)
+        assert same(cgan.load_classifier(digits, ".")[0].state_dict(), want)
+        assert path.read_bytes() == whole
+    assert len(calls) == 5 and not Path("owned").exists()
+    other = cgan.Data(**(vars(digits) | {"train": digits.train.flip(0)}))
+    cgan.load_classifier(other, ".")
+    assert len(calls) == 6
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+def test_classifier_without_a_place_to_keep_it(digits, monkeypatch, capsys):
+    quick_classifier(monkeypatch)
+    Path("file").write_text("")
+    classifier, _ = cgan.load_classifier(digits, "file/data")
+    assert isinstance(classifier, cgan.Classifier)
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_label_fidelity_counts_the_samples_of_the_class_asked_for(monkeypatch):
+    model, data = model_and_data()
+    model.classifier = (None, 1.0)
+    labels = cgan.every_class(data.classes, 1000, "cpu")
+    assert torch.bincount(labels).tolist() == [100] * 10
+    monkeypatch.setattr(cgan, "classify", lambda _, images: torch.where(labels == 3, 4, labels))
+    share, per_class = cgan.right_labels(model, data, None, labels)
+    assert math.isclose(share, 0.9)
+    assert per_class == {name: float(name != "3") for name in CLASSES}
+    assert cgan.every_class(["a"] * 3, 100, "cpu").tolist() == sorted([0, 1, 2] * 33)
+
+
+# ------------------------------------------------------------------ whole runs
+SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "2", "--log-every", "4"]
+SMALL += ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def finished(request, tmp_path_factory):
+    """A run of two epochs of ten updates on made MNIST files, with a row every four updates."""
+    home = tmp_path_factory.mktemp("finished")
+    write_mnist(home / "data", train=80, test=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cgan, "SAMPLES", 200)
+        flags = ["--network", request.param, "--data-dir", str(home / "data")]
+        cgan.main([*SMALL, *flags, "--out", str(home / "run")])
+    return home / "run"
+
+
+def refused(capsys, *flags):
+    """The line on stderr of a call that must end with exit code 2 and write nothing new."""
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cgan.main([str(flag) for flag in flags])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and captured.err.startswith("cgan: error: ")
+    assert sorted(Path().rglob("*")) == before
+    return captured.err
+
+
+def test_run_folder(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "samples", "curves.png", "metrics.csv", "config.json", "summary.json", "checkpoint.pt",
+    }  # fmt: skip
+    header = (finished / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,epoch,seconds,loss_d,loss_g,label_fidelity"
+    assert [bool(row["label_fidelity"]) for row in rows(finished)] == [0, 0, 1, 0, 0, 1]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["kernels"] == "reference" and summary["steps"] == 20
+    assert 0 <= summary["label_fidelity"] <= 1 and 0 <= summary["classifier_accuracy"] <= 1
+    per_class = summary["label_fidelity_per_class"]
+    assert len(per_class) == 10
+    assert math.isclose(sum(per_class.values()) / 10, summary["label_fidelity"], abs_tol=1e-9)
+    assert summary["parzen_nats"] < 0 < summary["parzen_standard_error"]
+    assert 0.05 <= summary["parzen_sigma"] <= 1
+
+
+@pytest.mark.parametrize("stop", [7, 10])
+def test_resume_equals_uninterrupted(finished, stop):
+    """In mid-epoch and on an epoch's end; the mlp's schedule goes on where it was."""
+    config = json.loads((finished / "config.json").read_text())
+    flags = ["--network", config["network"], "--data-dir", config["data_dir"]]
+    cgan.main([*SMALL, *flags, "--out", "run", "--max-steps", str(stop)])
+    cgan.main(["--resume", "run/checkpoint.pt", "--max-steps", "1000"])
+    a, b = checkpoint("run"), checkpoint(finished)
+    for name in ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "step", "sums"):
+        assert same(a[name], b[name])
+    summaries = [json.loads((Path(f) / "summary.json").read_text()) for f in ("run", finished)]
+    for summary in summaries:
+        del summary["seconds"], summary["images_per_second"]
+    assert summaries[0] == summaries[1]
+
+
+def test_settings_left_out_are_those_of_the_network(finished, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    rates = {"conv": (2e-4, 1e-3), "mlp": (0.05, 0.1)}[config["network"]]
+    assert (config["lr_d"], config["lr_g"]) == rates and config["batch_size"] == 8
+    other = {"conv": "mlp", "mlp": "conv"}[config["network"]]
+    error = refused(capsys, "--resume", finished / "checkpoint.pt", "--network", other)
+    assert f"--network {other}" in error
+    assert "--lr-d 0.5" in refused(capsys, "--resume", finished / "checkpoint.pt", "--lr-d", 0.5)
+
+
+def test_generate_by_name(finished, capsys):
+    path = str(finished / "checkpoint.pt")
+    cgan.main(["--generate", path, "--out", "a.png", "--label", "3 - three", "7"])
+    with Image.open("a.png") as image:
+        assert image.size == (10 * 30 + 2, 2 * 30 + 2)
+    cgan.main(["--generate", path])
+    with Image.open("grid.png") as image:
+        assert image.size == (10 * 30 + 2, 10 * 30 + 2)
+    generator = cgan.load_generator(path)
+    assert not generator.training and generator.classes[3] == "3 - three"
+    assert cgan.sample(generator, [3] * 5).shape == (5, 1, 28, 28)
+    for label in ("cat", "10", "-1", "2.5", "²"):
+        assert "0 - zero, 1 - one" in refused(capsys, "--generate", path, f"--label={label}")
+    assert "grid.png" in refused(capsys, "--generate", path, "--out", "picture")
+
+
+def test_folder_of_named_classes(capsys, monkeypatch):
+    """Names of classes go before their numbers, and are kept in the checkpoint."""
+    quick_classifier(monkeypatch)
+    write_images("pictures", n=24)
+    Path("pictures/dog").rename("pictures/0")
+    flags = ["--dataset", "folder", "--data-dir", "pictures", "--batch-size", "8", "--out", "run"]
+    cgan.main([*flags, "--max-steps", "1", "--device", "cpu"])
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["label_fidelity_per_class"].keys() == {"0", "cat"}
+    cgan.main(["--generate", "run/checkpoint.pt", "--label", "cat"])
+    with Image.open("grid.png") as image:
+        assert image.size == (10 * 34 + 2, 34 + 2)
+    assert cgan.class_number(["1", "0"], "0") == 1
+    assert "cat" in refused(capsys, "--generate", "run/checkpoint.pt", "--label", "dog")
+
+
+def test_folder_of_one_class(capsys):
+    write_images("pictures")
+    for path in Path("pictures/dog").iterdir():
+        path.rename(Path("pictures/cat") / path.name)
+    flags = ("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
+    assert "one class" in refused(capsys, *flags)
+    for path in Path("pictures/cat").iterdir():
+        path.rename(Path("pictures") / path.name)
+    assert "sub-folder" in refused(capsys, *flags)
+
+
+def test_bad_flags(capsys):
+    for flags in (["--network", "deep"], ["--lr-g", "nan"], ["--lr-d", -1], ["--batch-size", 5000]):
+        assert flags[0] in refused(capsys, "--dataset", "digits", *flags)
+
+
+def test_labels_are_obeyed_after_a_few_hundred_updates():
+    """Chance is 0.1."""
+    flags = ["--dataset", "digits", "--batch-size", "16", "--max-steps", "180", "--out", "run"]
+    cgan.main([*flags, "--device", "cpu"])
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["label_fidelity"] > 0.6 and summary["classifier_accuracy"] > 0.97
+
+
+def test_import_leaves_no_trace():
+    draws = torch.get_rng_state()
+    spec = importlib.util.spec_from_file_location("cgan_again", cgan.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cgan.sys.modules, "cgan_again", module)
+        spec.loader.exec_module(module)
+    assert torch.equal(torch.get_rng_state(), draws) and not list(Path().iterdir())
