@@ -158,9 +158,9 @@ class ConvGenerator(nn.Module):
         self.layers = nn.Sequential(*layers).apply(initialise)
 
     @staticmethod
-    def draw(n, device, rng=None):
+    def draw(n, device):
         """Noise: normal."""
-        return torch.randn(n, NOISE, device=device, generator=rng)
+        return torch.randn(n, NOISE, device=device)
 
     def forward(self, noise, label):
         return self.layers(torch.cat([noise, F.one_hot(label, len(self.classes))], dim=1))
@@ -213,14 +213,17 @@ def initialise(module):
 
 
 class MLPGenerator(nn.Module):
-    """The paper's G: noise and label in layers of their own, then in a joint one (section 4.1)."""
+    """The paper's G: noise and label in layers of their own, then in a joint one (section 4.1).
+
+    Its dropout stays on when it draws samples: in training G comes to use it as noise.
+    """
 
     def __init__(self, classes, shape):
         super().__init__()
         self.classes, self.shape = classes, tuple(shape)
-        self.noise = nn.Sequential(linear(NOISE, 200, 0.05), nn.ReLU(), nn.Dropout())
-        self.label = nn.Sequential(linear(len(classes), 1000, 0.05), nn.ReLU(), nn.Dropout())
-        self.joint = nn.Sequential(linear(1200, 1200, 0.05), nn.ReLU(), nn.Dropout())
+        self.noise = linear(NOISE, 200, 0.05)
+        self.label = linear(len(classes), 1000, 0.05)
+        self.joint = linear(1200, 1200, 0.05)
         self.pixels = linear(1200, math.prod(shape), 0.05)
 
     def start_at(self, image):
@@ -228,13 +231,14 @@ class MLPGenerator(nn.Module):
         self.pixels.bias.data.copy_(image.flatten().clamp(0.001, 0.999).logit())
 
     @staticmethod
-    def draw(n, device, rng=None):
+    def draw(n, device):
         """Noise: uniform, of variance 1."""
-        return (torch.rand(n, NOISE, device=device, generator=rng) * 2 - 1) * 3**0.5
+        return (torch.rand(n, NOISE, device=device) * 2 - 1) * 3**0.5
 
     def forward(self, noise, label):
         label = F.one_hot(label, len(self.classes)).float()
-        x = self.joint(torch.cat([self.noise(noise), self.label(label)], dim=1))
+        x = F.dropout(torch.cat([self.noise(noise), self.label(label)], dim=1).relu())
+        x = F.dropout(self.joint(x).relu())
         return torch.sigmoid(self.pixels(x)).view(-1, *self.shape) * 2 - 1
 
 
@@ -365,11 +369,10 @@ def normalise(images):
 def sample(generator, labels, seed=0):
     """An image in [0, 1] for each class number in labels, from a generator in evaluation mode."""
     device = next(generator.parameters()).device
-    rng = torch.Generator(device).manual_seed(seed)  # leaves the training's own draws alone
-    labels = torch.as_tensor(labels, device=device)
     images = []
-    for part in labels.split(500):  # so that memory does not grow with their number
-        images.append(generator(generator.draw(len(part), device, rng), part) / 2 + 0.5)
+    with own_random_numbers(device, seed):
+        for part in torch.as_tensor(labels, device=device).split(500):  # so that memory stays flat
+            images.append(generator(generator.draw(len(part), device), part) / 2 + 0.5)
     return torch.cat(images)
 
 
@@ -402,7 +405,7 @@ def generate(args):
     labels = [class_number(generator.classes, name) for name in args.label or generator.classes]
     try:
         save_image(sample_rows(generator, labels, seed=args.seed), args.out or "grid.png", nrow=10)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:  # a format that Pillow does not write
         raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
 
 
@@ -477,7 +480,8 @@ def parzen_figures(samples, data):
     """Table 1: mean log-likelihood of the test set, its standard error, and sigma."""
     samples = samples.flatten(1)
     sigmas = np.geomspace(0.05, 1, 30).tolist()
-    held = data.train[:: max(1, len(data.train) // 1000)][:1000]  # of every class
+    n = min(1000, len(data.train))
+    held = data.train[torch.arange(n) * len(data.train) // n]  # of every class
     sigma = sigmas[parzen(held.flatten(1), samples, sigmas).mean(dim=1).argmax().item()]
     nats = parzen(data.test.flatten(1), samples, [sigma])[0]
     error = nats.std(correction=0).item() / math.sqrt(len(nats))
@@ -574,7 +578,12 @@ def read_arguments(parser, argv):
 
 def choose_device(name):
     if torch.cuda.is_available() and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: a GPU a process
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise UsageError(
+                f"--device {name}: a process needs a GPU of its own; there are {there}"
+            )
+        torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     if name == "cuda":
         raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -800,13 +809,20 @@ def load_classifier(data, folder):
     return classifier, accuracy
 
 
+@contextlib.contextmanager
+def own_random_numbers(device, seed=0):
+    """Random numbers from a seed of their own; those of the run stay as they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def train_classifier(data, epochs=3, least=150, batch=128):
     """Adam on images moved by up to 2 pixels; the run's own random numbers stay as they are."""
     device, n, size = data.train.device, len(data.train), data.train.shape[-1]
     batch = min(batch, n)
     steps = max(epochs * (n // batch), least)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with own_random_numbers(device):
         classifier = Classifier(data.classes, data.train.shape[1:])
         classifier.to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
@@ -842,8 +858,6 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
         last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
         if dist.is_initialized() and last:
             dist.barrier()
@@ -856,9 +870,9 @@ class Run:
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
-        if args.batch_size % self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {self.world}, the "
-                             "number of processes")  # fmt: skip
+        if args.batch_size % self.world or args.batch_size < 2 * self.world:
+            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
+                             "number of processes, with two images or more for each")  # fmt: skip
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -1008,8 +1022,8 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
-        state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
-        state |= {"shape": list(self.data.train.shape[1:]), "rng": torch.get_rng_state()}
+        state |= {"script": SCRIPT, "config": vars(self.args), **self.data_facts()}
+        state["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
@@ -1017,19 +1031,25 @@ class Run:
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, state):
+        if any(state[name] != value for name, value in self.data_facts().items()):
+            raise UsageError(
+                f"--data-dir {self.args.data_dir}: the data have changed since the run began"
+            )
         load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cpu":
-            return
-        if "cuda_rng" in state:
+        if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
         for part in self.model.parts.values():  # load_state_dict moves all but these
             for group in getattr(part, "param_groups", ()):
-                on_device = {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
-                group |= {"capturable": True} | on_device
+                group |= {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
+
+    def data_facts(self):
+        """What has to be the same when a run goes on."""
+        images = self.data.train
+        return {"classes": self.data.classes, "shape": [*images.shape[1:]], "images": len(images)}
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
@@ -1065,11 +1085,13 @@ def keep_memory():
 def create_run(args):
     """A new run folder with config.json and an empty metrics.csv."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    problem = f"--out {folder} holds a run; choose another folder or --resume that one"
+    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
+        raise UsageError(problem)
     try:
         (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
     except FileExistsError:
-        problem = "holds a run; choose another folder or --resume that one"
-        raise UsageError(f"--out {folder} {problem}") from None
+        raise UsageError(problem) from None
     write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
     write_rows(folder / "metrics.csv", [])
     return folder
@@ -1082,9 +1104,11 @@ def lock(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise UsageError(f"--out {folder}: another process is at this run; stop it") from None
+    except OSError:  # a file system without locks
+        pass
     return descriptor
 
 
@@ -1122,7 +1146,7 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
-    if missing := {*PROGRESS, "config", "classes", "shape", "rng"} - state.keys():
+    if missing := {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys():
         raise UsageError(
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )
@@ -1133,6 +1157,9 @@ def load_parts(parts, state, path):
     """Loads networks and optimisers from a checkpoint's state."""
     try:
         for name, part in parts.items():
+            groups = zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ()))
+            for saved, own in groups:  # the device may be another
+                saved |= {"capturable": own["capturable"]} if "capturable" in own else {}
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
@@ -1141,6 +1168,8 @@ def load_parts(parts, state, path):
 def stepper(model, data):
     """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
     args, device = model.args, data.train.device
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     bf16 = args.precision == "bf16"
 
     def eager(index):
@@ -1212,7 +1241,9 @@ def main(argv=None):
             number = run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

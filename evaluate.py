@@ -26,6 +26,7 @@ the test set is scored like a generator: it is the ceiling, with as many images 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import io
@@ -132,7 +133,10 @@ def read_checkpoint(path):
     if script not in SCRIPTS:
         raise UsageError(f"{path} is not a checkpoint of {', '.join(SCRIPTS)}")
     module = importlib.import_module(script)
-    return module, module.load_checkpoint(path)
+    try:
+        return module, module.load_checkpoint(path)
+    except ValueError as error:  # each script has a UsageError of its own
+        raise UsageError(one_line(error)) from error
 
 
 def read_generators(paths):
@@ -155,7 +159,10 @@ def read_generators(paths):
 
 def draw(module, path, n, device):
     """n images of a checkpoint's generator in [0, 1]; of a conditional one, of all classes alike."""
-    generator = module.load_generator(path, device)
+    try:
+        generator = module.load_generator(path, device)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
     images = []
     for i in range(0, n, 500):
         m = min(500, n - i)
@@ -214,6 +221,7 @@ def evaluate(args):
     """Draws, measures, and writes the table and the picture."""
     config, generators = read_generators(args.checkpoints)
     device = choose_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False
     if args.data_dir is not None:
         config["data_dir"] = args.data_dir
     data = load_data(argparse.Namespace(**config), device)
@@ -295,13 +303,20 @@ def load_classifier(data, folder):
     return classifier, accuracy
 
 
+@contextlib.contextmanager
+def own_random_numbers(device, seed=0):
+    """Random numbers from a seed of their own; those of the run stay as they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def train_classifier(data, epochs=3, least=150, batch=128):
     """Adam on images moved by up to 2 pixels; the run's own random numbers stay as they are."""
     device, n, size = data.train.device, len(data.train), data.train.shape[-1]
     batch = min(batch, n)
     steps = max(epochs * (n // batch), least)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with own_random_numbers(device):
         classifier = Classifier(data.classes, data.train.shape[1:])
         classifier.to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(classifier.parameters(), fused=True)

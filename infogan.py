@@ -405,7 +405,7 @@ def generate(args):
     images = sample(generator, 100, args.category, args.code, args.seed)
     try:
         save_image(images, args.out or "grid.png", nrow=10)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:  # a format that Pillow does not write
         raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
 
 
@@ -629,7 +629,12 @@ def read_arguments(parser, argv):
 
 def choose_device(name):
     if torch.cuda.is_available() and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: a GPU a process
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise UsageError(
+                f"--device {name}: a process needs a GPU of its own; there are {there}"
+            )
+        torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     if name == "cuda":
         raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -805,8 +810,6 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
         last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
         if dist.is_initialized() and last:
             dist.barrier()
@@ -819,9 +822,9 @@ class Run:
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
-        if args.batch_size % self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {self.world}, the "
-                             "number of processes")  # fmt: skip
+        if args.batch_size % self.world or args.batch_size < 2 * self.world:
+            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
+                             "number of processes, with two images or more for each")  # fmt: skip
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -971,8 +974,8 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
-        state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
-        state |= {"shape": list(self.data.train.shape[1:]), "rng": torch.get_rng_state()}
+        state |= {"script": SCRIPT, "config": vars(self.args), **self.data_facts()}
+        state["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
@@ -980,19 +983,25 @@ class Run:
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, state):
+        if any(state[name] != value for name, value in self.data_facts().items()):
+            raise UsageError(
+                f"--data-dir {self.args.data_dir}: the data have changed since the run began"
+            )
         load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cpu":
-            return
-        if "cuda_rng" in state:
+        if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
         for part in self.model.parts.values():  # load_state_dict moves all but these
             for group in getattr(part, "param_groups", ()):
-                on_device = {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
-                group |= {"capturable": True} | on_device
+                group |= {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
+
+    def data_facts(self):
+        """What has to be the same when a run goes on."""
+        images = self.data.train
+        return {"classes": self.data.classes, "shape": [*images.shape[1:]], "images": len(images)}
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
@@ -1028,11 +1037,13 @@ def keep_memory():
 def create_run(args):
     """A new run folder with config.json and an empty metrics.csv."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    problem = f"--out {folder} holds a run; choose another folder or --resume that one"
+    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
+        raise UsageError(problem)
     try:
         (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
     except FileExistsError:
-        problem = "holds a run; choose another folder or --resume that one"
-        raise UsageError(f"--out {folder} {problem}") from None
+        raise UsageError(problem) from None
     write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
     write_rows(folder / "metrics.csv", [])
     return folder
@@ -1045,9 +1056,11 @@ def lock(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise UsageError(f"--out {folder}: another process is at this run; stop it") from None
+    except OSError:  # a file system without locks
+        pass
     return descriptor
 
 
@@ -1085,7 +1098,7 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
-    if missing := {*PROGRESS, "config", "classes", "shape", "rng"} - state.keys():
+    if missing := {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys():
         raise UsageError(
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )
@@ -1096,6 +1109,9 @@ def load_parts(parts, state, path):
     """Loads networks and optimisers from a checkpoint's state."""
     try:
         for name, part in parts.items():
+            groups = zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ()))
+            for saved, own in groups:  # the device may be another
+                saved |= {"capturable": own["capturable"]} if "capturable" in own else {}
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
@@ -1104,6 +1120,8 @@ def load_parts(parts, state, path):
 def stepper(model, data):
     """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
     args, device = model.args, data.train.device
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     bf16 = args.precision == "bf16"
 
     def eager(index):
@@ -1175,7 +1193,9 @@ def main(argv=None):
             number = run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

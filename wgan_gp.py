@@ -264,7 +264,8 @@ def initialise(layers, points=False):
     """One network of the layers, with the authors' initial weights: uniform, biases zero.
 
     Their variance is 4 / (fan in + fan out) for convolutions, He's 2 / fan in for points, Glorot's
-    2 / (fan in + fan out) for the other linear layers.
+    2 / (fan in + fan out) for the other linear layers. The authors have smaller weights in the
+    shortcuts and last layers of their residual networks and networks for points.
     """
     network = nn.Sequential(*layers)
     for module in network.modules():
@@ -309,8 +310,9 @@ class Model:
         fill_in(args, shape)
         self.args, self.name, self.real = args, data.name, data.train[:1000]
         self.images_per_step = args.n_critic * args.batch_size
-        if args.decay_steps is None:  # points: over the whole run
-            args.decay_steps = args.epochs * (len(data.train) // self.images_per_step)
+        self.decay_steps = args.decay_steps
+        if self.decay_steps is None:  # points: over the whole run, also where it is extended
+            self.decay_steps = args.epochs * (len(data.train) // self.images_per_step)
         self.generator, self.critic = Generator(args, shape), Critic(args, shape)
         for network in (self.generator, self.critic):
             network.to(device, memory_format=torch.channels_last)
@@ -340,9 +342,9 @@ def make_optimizer(network, args):
 def decay_rates(model):
     """Lets both learning rates fall linearly, to 0 after decay_steps updates of G."""
     args, optimizer = model.args, model.optimizer_g
-    if args.decay_steps:
+    if model.decay_steps:
         step = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]
-        lr = args.lr * (1 - step / args.decay_steps).clamp_min(0)
+        lr = args.lr * (1 - step / model.decay_steps).clamp_min(0)
         for optimizer in (model.optimizer_g, model.optimizer_c):
             optimizer.param_groups[0]["lr"].copy_(lr)
 
@@ -369,7 +371,8 @@ def train_step(model, data, index):
     index = mine(index.view(args.n_critic, -1), dim=1)
     real = scale(data.train[index.flatten()], g.low)
     if args.network == "resnet":  # dequantised, as the authors do here
-        real += torch.rand_like(real) / 128
+        noise = torch.rand(args.n_critic, size, *real.shape[1:], device=real.device)
+        real += mine(noise, dim=1).flatten(0, 1) / 128
     with torch.no_grad():
         noise = torch.randn(args.n_critic, size, g.noise, device=real.device)
         fake = g(mine(noise, dim=1).flatten(0, 1)).to(real.dtype)
@@ -470,7 +473,7 @@ def generate(args):
     generator = load_generator(args.generate, choose_device(args.device))
     try:
         save_picture(generator, args.out or "grid.png", args.seed)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:  # a format that Pillow does not write
         raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
 
 
@@ -490,7 +493,7 @@ def save_picture(generator, path, seed=0, critic=None, real=None):
         axis.contour(at, at, level, 20, linewidths=0.8)
     axis.plot(*samples.T.cpu().numpy(), "+", color="green", markersize=4, label="generated")
     if real is not None:
-        axis.plot(*real.T.cpu().numpy(), ".", color="orange", markersize=1, label="data")
+        axis.plot(*real.T.cpu().numpy(), ".", color="orange", markersize=2, label="data")
     axis.legend(loc="upper right")
     figure.savefig(path, dpi=100, format=Path(path).suffix[1:] or "none")
 
@@ -639,7 +642,12 @@ def read_arguments(parser, argv):
 
 def choose_device(name):
     if torch.cuda.is_available() and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: a GPU a process
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise UsageError(
+                f"--device {name}: a process needs a GPU of its own; there are {there}"
+            )
+        torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     if name == "cuda":
         raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -815,8 +823,6 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
         last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
         if dist.is_initialized() and last:
             dist.barrier()
@@ -829,9 +835,9 @@ class Run:
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
-        if args.batch_size % self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: not a multiple of {self.world}, the "
-                             "number of processes")  # fmt: skip
+        if args.batch_size % self.world or args.batch_size < 2 * self.world:
+            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
+                             "number of processes, with two images or more for each")  # fmt: skip
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -981,8 +987,8 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
-        state |= {"script": SCRIPT, "config": vars(self.args), "classes": self.data.classes}
-        state |= {"shape": list(self.data.train.shape[1:]), "rng": torch.get_rng_state()}
+        state |= {"script": SCRIPT, "config": vars(self.args), **self.data_facts()}
+        state["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
@@ -990,19 +996,25 @@ class Run:
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, state):
+        if any(state[name] != value for name, value in self.data_facts().items()):
+            raise UsageError(
+                f"--data-dir {self.args.data_dir}: the data have changed since the run began"
+            )
         load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cpu":
-            return
-        if "cuda_rng" in state:
+        if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
         for part in self.model.parts.values():  # load_state_dict moves all but these
             for group in getattr(part, "param_groups", ()):
-                on_device = {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
-                group |= {"capturable": True} | on_device
+                group |= {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
+
+    def data_facts(self):
+        """What has to be the same when a run goes on."""
+        images = self.data.train
+        return {"classes": self.data.classes, "shape": [*images.shape[1:]], "images": len(images)}
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
@@ -1038,11 +1050,13 @@ def keep_memory():
 def create_run(args):
     """A new run folder with config.json and an empty metrics.csv."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    problem = f"--out {folder} holds a run; choose another folder or --resume that one"
+    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
+        raise UsageError(problem)
     try:
         (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
     except FileExistsError:
-        problem = "holds a run; choose another folder or --resume that one"
-        raise UsageError(f"--out {folder} {problem}") from None
+        raise UsageError(problem) from None
     write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
     write_rows(folder / "metrics.csv", [])
     return folder
@@ -1055,9 +1069,11 @@ def lock(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise UsageError(f"--out {folder}: another process is at this run; stop it") from None
+    except OSError:  # a file system without locks
+        pass
     return descriptor
 
 
@@ -1095,7 +1111,7 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
-    if missing := {*PROGRESS, "config", "classes", "shape", "rng"} - state.keys():
+    if missing := {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys():
         raise UsageError(
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )
@@ -1106,6 +1122,9 @@ def load_parts(parts, state, path):
     """Loads networks and optimisers from a checkpoint's state."""
     try:
         for name, part in parts.items():
+            groups = zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ()))
+            for saved, own in groups:  # the device may be another
+                saved |= {"capturable": own["capturable"]} if "capturable" in own else {}
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
@@ -1114,6 +1133,8 @@ def load_parts(parts, state, path):
 def stepper(model, data):
     """train_step as a function of the index; on CUDA captured once in a graph and replayed."""
     args, device = model.args, data.train.device
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     bf16 = args.precision == "bf16"
 
     def eager(index):
@@ -1185,7 +1206,9 @@ def main(argv=None):
             number = run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

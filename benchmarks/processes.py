@@ -21,7 +21,7 @@ from timing import machine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = {"infogan": 128, "cgan": 128, "wgan_gp": 48}  # the batch, which the numbers must divide
-WARM, UPDATES, ROUNDS = 5, 15, 3
+WARM, UPDATES, ROUNDS = 5, 10, 2
 
 
 def measure(name):

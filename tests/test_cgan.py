@@ -60,9 +60,22 @@ def test_mlp_has_the_sizes_of_the_paper():
     assert parameters(d) == (
         linear(784, 240 * 5) + linear(10, 50 * 5) + linear(290, 240 * 4) + linear(240, 1)
     )
-    assert [m.p for m in (*g.modules(), *d.modules()) if isinstance(m, torch.nn.Dropout)] == [
-        0.5
-    ] * 6
+    assert [m.p for m in d.modules() if isinstance(m, torch.nn.Dropout)] == [0.5] * 3
+
+
+def test_mlp_drops_half_of_the_hidden_units_of_g_in_samples_too():
+    g, _ = networks("mlp")
+    g.eval()
+    seen = []
+    for layer in (g.joint, g.pixels):
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for layer in (g.noise, g.label, g.joint):
+            layer.weight.zero_()
+            layer.bias.fill_(1)  # no unit is at rest by itself
+        g(g.draw(50, "cpu"), torch.arange(50) % 10)
+    assert [x.shape[1] for x in seen] == [1200, 1200]
+    assert all(abs((x == 0).double().mean() - 0.5) < 0.02 for x in seen)
 
 
 def test_conv_has_the_sizes_of_infogan():
@@ -90,12 +103,13 @@ def test_shapes_and_range(name, shape):
 def test_label_reaches_both_networks(name):
     """Another label changes the outputs for the same noise and image, for each label."""
     g, d = (network.eval() for network in networks(name))
-    noise, image = (
-        torch.rand(1, 100).expand(10, -1),
-        torch.rand(1, 1, 28, 28).expand(10, -1, -1, -1),
-    )
+    noise, image = torch.rand(1, 100), torch.rand(1, 1, 28, 28).expand(10, -1, -1, -1)
+    images = []
     with torch.no_grad():
-        images, scores = g(noise, torch.arange(10)).flatten(1), d(torch.arange(10), image)
+        for label in range(10):
+            with cgan.own_random_numbers(torch.device("cpu")):  # the same dropout
+                images.append(g(noise, torch.tensor([label])).flatten())
+        images, scores = torch.stack(images), d(torch.arange(10), image)
     assert F.pdist(images).min() > 1e-3
     assert len(set(scores.tolist())) == 10
 
@@ -123,7 +137,8 @@ def test_maxout_is_the_largest_of_its_pieces():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_noise_has_variance_1(name):
-    noise = cgan.NETWORKS[name][0].draw(1000, "cpu", torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    noise = cgan.NETWORKS[name][0].draw(1000, "cpu")
     assert noise.shape == (1000, 100)
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert (noise.abs().max() <= 3**0.5) == (name == "mlp")  # uniform there, normal here
@@ -192,16 +207,17 @@ def test_step_moves_every_weight_under_the_labels_of_its_images(name):
 
 
 # ------------------------------------------------------------------ sampling
-def test_sample_obeys_labels_and_leaves_the_training_draws_alone():
-    g, _ = networks("conv")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sample_obeys_labels_and_leaves_the_training_draws_alone(name):
+    g, _ = networks(name)
     g.eval()
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
     images = cgan.sample(g, [3, 3, 7], seed=2)
     assert torch.equal(torch.rand(3), want)
-    noise = g.draw(3, "cpu", torch.Generator().manual_seed(2))
-    expected = g(noise, torch.tensor([3, 3, 7])) / 2 + 0.5
+    torch.manual_seed(2)
+    expected = g(g.draw(3, "cpu"), torch.tensor([3, 3, 7])) / 2 + 0.5
     assert torch.allclose(images, expected, atol=1e-6)
     assert images.min() >= 0 and images.max() <= 1
     assert not torch.equal(images, cgan.sample(g, [3, 3, 7], seed=3))

@@ -129,3 +129,9 @@ def test_bad_checkpoints(capsys):
     assert "not a checkpoint of" in refused(capsys, "other.pt")
     assert "test images" in refused(capsys, colour)
     refused(capsys)
+
+
+@pytest.mark.parametrize("script", evaluate.SCRIPTS)
+def test_checkpoint_that_lacks_parts_is_refused_in_one_line(script, capsys):
+    torch.save({"script": script}, "part.pt")
+    assert "not a whole checkpoint" in refused(capsys, "part.pt")

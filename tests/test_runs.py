@@ -236,7 +236,8 @@ def test_generate(finished, capsys):
     assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 10)
     assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 1, 2)
     assert "2 continuous" in refused(capsys, "--generate", path, "--code", 1)
-    assert "grid.png" in refused(capsys, "--generate", path, "--out", "picture")
+    for name in ("picture", "picture.psd"):
+        assert "grid.png" in refused(capsys, "--generate", path, "--out", name)
 
 
 # ------------------------------------------------------------------ kernels
@@ -429,6 +430,26 @@ def test_folder_that_holds_a_run(finished, capsys):
     before = (finished / "metrics.csv").read_bytes()
     error = refused(capsys, "--dataset", "digits", "--out", finished)
     assert "holds a run" in error and (finished / "metrics.csv").read_bytes() == before
+
+
+def test_folder_that_holds_a_checkpoint_alone(finished, capsys):
+    Path("kept").mkdir()
+    shutil.copy(finished / "checkpoint.pt", "kept")
+    assert "holds a run" in refused(capsys, "--dataset", "digits", "--out", "kept")
+
+
+def test_run_is_not_resumed_on_other_data(finished, capsys):
+    shutil.copytree(finished, "run")
+    write_mnist("other", train=88, test=20)
+    state = checkpoint("run")
+    state["config"]["data_dir"] = "other"
+    torch.save(state, "run/checkpoint.pt")
+    assert "the data have changed" in refused(capsys, "--resume", "run/checkpoint.pt")
+
+
+def test_not_enough_memory_is_said(capsys):
+    flags = ("--dataset", "digits", "--categorical", *["10000"] * 3000)
+    assert "memory" in refused(capsys, *flags)
 
 
 def test_bad_checkpoints(finished, capsys):

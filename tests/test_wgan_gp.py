@@ -479,12 +479,12 @@ def test_colour_runs(size, flags):
 
 
 def test_modes_are_found():
-    """Four hundred updates at a small width find most of the modes, as clipped weights do not."""
-    flags = ["--dataset", "8gaussians", "--device", "cpu", "--max-steps", "400"]
-    flags += ["--decay-steps", "400", "--dim", "64", "--gp-weight", "1"]
-    wgan_gp.main([*flags, "--out", "run"])
-    assert summary("run")["modes_covered"] >= 4 and summary("run")["share_within_3_sigma"] > 0.1
-    assert abs(summary("run")["gradient_norm_mean"] - 1) < 0.2
+    """Six hundred updates at half the width find most of the modes."""
+    flags = ["--dataset", "8gaussians", "--device", "cpu", "--max-steps", "600", "--seed", "1"]
+    wgan_gp.main([*flags, "--decay-steps", "600", "--dim", "64", "--out", "run"])
+    figures = summary("run")
+    assert figures["modes_covered"] >= 6 and figures["share_within_3_sigma"] > 0.25
+    assert 0.5 < figures["gradient_norm_mean"] < 2 and figures["wasserstein_heldout"] < 0.5
 
 
 def test_generate(finished, capsys):
