@@ -486,7 +486,7 @@ def save_picture(generator, path, seed=0, critic=None, real=None):
     figure = Figure(figsize=(6, 6), layout="constrained")
     axis = figure.add_subplot(aspect="equal")
     if critic is not None:
-        at = torch.linspace(-2, 2, 128)
+        at = torch.linspace(-2.2, 2.2, 128)
         grid = torch.cartesian_prod(at, at).to(real.device)
         with torch.no_grad():
             level = critic(grid).view(128, 128).T.cpu().numpy()
@@ -494,6 +494,7 @@ def save_picture(generator, path, seed=0, critic=None, real=None):
     axis.plot(*samples.T.cpu().numpy(), "+", color="green", markersize=4, label="generated")
     if real is not None:
         axis.plot(*real.T.cpu().numpy(), ".", color="orange", markersize=2, label="data")
+    axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))
     axis.legend(loc="upper right")
     figure.savefig(path, dpi=100, format=Path(path).suffix[1:] or "none")
 

@@ -65,11 +65,13 @@ def test_processes_give_the_losses_of_one_within_float32_noise():
     assert torch.allclose(losses("run1"), losses("run2"), rtol=1e-3, atol=1e-3)
 
 
-def test_batch_that_can_not_be_shared_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(wgan_gp, "processes", lambda: (0, 7))
+@pytest.mark.parametrize("world", [7, 240])
+def test_batch_that_can_not_be_shared_is_refused(world, monkeypatch, capsys):
+    """240 images are no multiple of 7, and one for each of 240 is too few."""
+    monkeypatch.setattr(wgan_gp, "processes", lambda: (0, world))
     with pytest.raises(SystemExit) as stop:
         wgan_gp.main([*TOY, "--out", "run"])
-    assert stop.value.code == 2 and "not a multiple of 7" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"a multiple of {world}, the" in capsys.readouterr().err
 
 
 def long_run():
