@@ -21,19 +21,19 @@ range for 1,000 training images. What the paper shows as a picture (figure 2) is
 fidelity, the share of samples that a classifier, trained on real images, puts in the class asked
 for. samples/ holds the picture.
 
---network mlp is the paper's: its layers, dropout, SGD and schedules. Where the paper is silent it
-follows the code that it grew from (goodfeli/adversarial): initial weights, a momentum of 0.7 after
-250 epochs of 500 updates, and a loss of D that is the mean of its two parts, which for the sum here
-is a learning rate of 0.05. Departures:
+--network mlp is the paper's: its layers, noise, dropout, SGD and schedules. Where the paper is silent
+it follows the code that it grew from (goodfeli/adversarial): initial weights, and a momentum of 0.7
+after 250 epochs of 500 updates. Departures:
 
 - The default network is a convolutional pair of InfoGAN's size (https://arxiv.org/abs/1606.03657,
   appendix C) trained by Adam: better images of 28x28 grey and 32x32 colour in fewer updates. The
   label joins D at its last layer, as an inner product with the features (Miyato & Koyama 2018,
   https://arxiv.org/abs/1802.05637).
 - G maximises log D instead of minimising log(1 - D), as in Goodfellow et al. 2014, section 3.
-- Noise has variance 1, as in that code; the paper draws it from the unit hypercube. So weak beside
-  the label it was ignored: G drew one and the same image for a label (MNIST, seed 0: conv after 936
-  updates, mlp after 3,600).
+- The conv networks have normal noise. The paper's, uniform in the unit hypercube, was too weak beside
+  the label: G drew one and the same image for a label (MNIST, seed 0, 936 updates).
+- The mlp's G keeps its dropout in sampling, as it comes to use it as noise: of one network after 5,682
+  updates the log-likelihood was -66 nats without and -23 with it (3,000 samples, 300 test images).
 - The paper stops at the best likelihood on a validation set; here a run ends with its last epoch.
 
 Nothing here has a fused kernel: --kernels changes nothing.
@@ -87,7 +87,7 @@ NOISE = 100  # values of z
 SAMPLES = 10_000  # for the closing measurements
 DEFAULTS = {  # of each network, for the flags left out
     "conv": {"batch_size": 128, "lr_d": 2e-4, "lr_g": 1e-3},
-    "mlp": {"batch_size": 100, "lr_d": 0.05, "lr_g": 0.1},  # D's loss is a sum, there a mean
+    "mlp": {"batch_size": 100, "lr_d": 0.1, "lr_g": 0.1},
 }
 
 
@@ -99,7 +99,7 @@ def arguments():
     networks = "convolutional, batch 128, or the paper's own, batch 100 (conv)"
     add("--network", choices=tuple(DEFAULTS), default="conv", help=networks)
     rate = at_least(0, float)
-    add("--lr-d", type=rate, help="D's learning rate, of mlp the first (conv: 2e-4, mlp: 0.05)")
+    add("--lr-d", type=rate, help="D's learning rate, of mlp the first (conv: 2e-4, mlp: 0.1)")
     add("--lr-g", type=rate, help="G's learning rate, of mlp the first (conv: 1e-3, mlp: 0.1)")
     add("--label", nargs="+", metavar="NAME", help="with --generate: classes by name or number")
     return parser
@@ -232,8 +232,8 @@ class MLPGenerator(nn.Module):
 
     @staticmethod
     def draw(n, device):
-        """Noise: uniform, of variance 1."""
-        return (torch.rand(n, NOISE, device=device) * 2 - 1) * 3**0.5
+        """Noise: uniform in the unit hypercube."""
+        return torch.rand(n, NOISE, device=device)
 
     def forward(self, noise, label):
         label = F.one_hot(label, len(self.classes)).float()
