@@ -1,5 +1,6 @@
 """cgan.py: networks, schedule, measurements, classifier, and what is its own in whole runs."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_runs import checkpoint, no_network, rows, same, write_images, write_mnist
+from test_runs import checkpoint, no_network, refused_by, rows, same, write_images, write_mnist
 from torch import distributions
 
 import cgan
@@ -375,17 +376,7 @@ def finished(request, tmp_path_factory):
     return home / "run"
 
 
-def refused(capsys, *flags):
-    """The line on stderr of a call that must end with exit code 2 and write nothing new."""
-    before = sorted(Path().rglob("*"))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cgan.main([str(flag) for flag in flags])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith("cgan: error: ")
-    assert sorted(Path().rglob("*")) == before
-    return captured.err
+refused = functools.partial(refused_by, cgan)
 
 
 def test_run_folder(finished):

@@ -1,13 +1,14 @@
 """evaluate.py: every measure against a closed form, and whole tables."""
 
 import csv
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_runs import no_network, write_images, write_mnist
+from test_runs import no_network, refused_by, write_images, write_mnist
 
 import evaluate
 import infogan
@@ -106,14 +107,7 @@ def data_classes():
     return infogan.datasets.MNIST.classes
 
 
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(list(arguments))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("evaluate: error: ")
-    assert not Path("scores.csv").exists()
-    return error
+refused = functools.partial(refused_by, evaluate)
 
 
 def test_bad_checkpoints(capsys):

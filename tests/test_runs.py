@@ -1,6 +1,7 @@
 """Whole runs through main([...]): what they leave, resume, data sets, every bad input."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -38,17 +39,20 @@ def run(*flags):
     infogan.main([*QUICK, *map(str, flags)])
 
 
-def refused(capsys, *flags):
+def refused_by(script, capsys, *flags):
     """The line on stderr of a call that must end with exit code 2 and write nothing new."""
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        infogan.main([str(flag) for flag in flags])
+        script.main([str(flag) for flag in flags])
     captured = capsys.readouterr()
     assert stop.value.code == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith("infogan: error: ")
+    assert captured.err.count("\n") == 1 and captured.err.startswith(f"{script.SCRIPT}: error: ")
     assert sorted(Path().rglob("*")) == before
     return captured.err
+
+
+refused = functools.partial(refused_by, infogan)
 
 
 def rows(folder):

@@ -1,5 +1,6 @@
 """wgan_gp.py: the penalty, Algorithm 1, the networks, the sets of points, whole runs."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import NO_GPU
 from PIL import Image
-from test_runs import checkpoint, elsewhere, rows, same, write_images, write_mnist  # noqa: F401
+from test_runs import checkpoint, elsewhere, refused_by, rows, same, write_images, write_mnist  # noqa: F401
 from torch import nn
 
 import wgan_gp
@@ -389,15 +390,7 @@ def state(folder):
     return {name: whole[name] for name in whole if name not in ("config", "seconds", "rows")}
 
 
-def refused(capsys, *flags):
-    """The line on stderr of a call that must end with exit code 2 and write nothing new."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([str(flag) for flag in flags])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and sorted(Path().rglob("*")) == before
-    assert error.count("\n") == 1 and error.startswith("wgan_gp: error: ")
-    return error
+refused = functools.partial(refused_by, wgan_gp)
 
 
 def test_run_folder(finished):
