@@ -108,12 +108,13 @@ def arguments():
 # ------------------------------------------------------------------ networks
 # Each G maps noise (n, NOISE) and labels int64 (n,) to images in (-1, 1); each D maps labels and
 # one or more batches of images, all with these labels, to the scores (logits) of all batches.
-def down(inputs, outputs):
-    return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
+# bias=False before batch norm, which would take the bias out again
+def down(inputs, outputs, bias=True):
+    return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=bias)
 
 
-def up(inputs, outputs):
-    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
+def up(inputs, outputs, bias=True):
+    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=bias)
 
 
 class Flatten(nn.Module):
@@ -142,15 +143,15 @@ class ConvGenerator(nn.Module):
         self.classes, inputs = classes, NOISE + len(classes)
         if shape[0] == 1:
             layers = [
-                nn.Linear(inputs, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
-                nn.Linear(1024, 6272), nn.BatchNorm1d(6272), nn.ReLU(inplace=True), Unflatten(7),
-                up(128, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                nn.Linear(1024, 6272, bias=False), nn.BatchNorm1d(6272), nn.ReLU(inplace=True),
+                Unflatten(7), up(128, 64, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
                 up(64, 1), nn.Tanh(),
             ]  # fmt: skip
         else:
             layers = [
-                nn.Linear(inputs, 1792), nn.BatchNorm1d(1792), nn.ReLU(inplace=True), Unflatten(2),
-                up(448, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1792, bias=False), nn.BatchNorm1d(1792), nn.ReLU(inplace=True),
+                Unflatten(2), up(448, 256, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
                 up(256, 128), nn.ReLU(inplace=True),
                 up(128, 64), nn.ReLU(inplace=True),
                 up(64, 3), nn.Tanh(),
@@ -174,14 +175,16 @@ class ConvDiscriminator(nn.Module):
         if shape[0] == 1:
             features, layers = 1024, [
                 down(1, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True), Flatten(),
-                nn.Linear(6272, 1024), nn.BatchNorm1d(1024), nn.LeakyReLU(0.1, inplace=True),
+                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
+                Flatten(),
+                nn.Linear(6272, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.1, inplace=True),
             ]  # fmt: skip
         else:
             features, layers = 4096, [
                 down(3, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
-                down(128, 256), nn.BatchNorm2d(256), nn.LeakyReLU(0.1, inplace=True), Flatten(),
+                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
+                down(128, 256, bias=False), nn.BatchNorm2d(256), nn.LeakyReLU(0.1, inplace=True),
+                Flatten(),
             ]  # fmt: skip
         self.trunk = nn.ModuleList(layers)
         self.score = nn.Linear(features, 1)

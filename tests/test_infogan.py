@@ -32,15 +32,12 @@ def parameters(network):
 def test_mnist_networks_have_the_sizes_of_table_1():
     latent = infogan.Latent(62, (10,), 2)
     g, d = infogan.Generator(latent, 1), infogan.Discriminator(latent, 1)
-    linear = lambda i, o: i * o + o  # noqa: E731
-    conv = lambda i, o: 16 * i * o + o  # noqa: E731
     assert parameters(g) == (
-        linear(74, 1024) + 2 * 1024 + linear(1024, 6272) + 2 * 6272
-        + conv(128, 64) + 2 * 64 + 16 * 64 + 1
-    )  # fmt: skip
-    trunk = conv(1, 64) + conv(64, 128) + 2 * 128 + linear(6272, 1024) + 2 * 1024
-    head = linear(1024, 128) + 2 * 128 + linear(128, 14)
-    assert parameters(d) == trunk + linear(1024, 1) + head
+        74 * 1024 + 2 * 1024 + 1024 * 6272 + 2 * 6272 + 16 * 128 * 64 + 2 * 64 + 16 * 64 + 1
+    )
+    trunk = 16 * 64 + 64 + 16 * 64 * 128 + 2 * 128 + 6272 * 1024 + 2 * 1024
+    head = 1024 * 128 + 2 * 128 + 128 * 14 + 14
+    assert parameters(d) == trunk + 1024 + 1 + head  # the norms have the others' biases
     images = g(*latent.sample(3, "cpu"))
     assert images.shape == (3, 1, 28, 28)
     features = d(images)
@@ -81,7 +78,7 @@ def test_initial_weights():
     d = infogan.Discriminator(infogan.Latent(62, (10,), 2), 1)
     conv = d.trunk[2].weight
     assert conv.abs().max() <= 0.04 and 0.015 < conv.std() < 0.02
-    assert all((m.bias == 0).all() for m in d.modules() if hasattr(m, "bias"))
+    assert all((m.bias == 0).all() for m in d.modules() if getattr(m, "bias", None) is not None)
 
 
 # ------------------------------------------------------------------ latent codes and losses
