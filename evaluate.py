@@ -8,8 +8,9 @@
 
 writes scores.csv and scores.png (a row of samples of each) and prints the table. Every measure
 compares images with one half of the test set, in the features of a small classifier that is trained
-on the training images and kept beside the data; the table states its test accuracy. The other half of
-the test set is scored like a generator: it is the ceiling, with as many images as each generator.
+on the training images and kept beside the data; the table states its test accuracy. The other half
+of the test set is scored like a generator: it is the ceiling, with as many images as each
+generator.
 
 - frechet: the Fréchet distance of Gaussians fitted to the features (Heusel et al. 2017,
   https://arxiv.org/abs/1706.08500); 0 is best. It depends on the classifier and on the number of
@@ -87,7 +88,7 @@ def distances(a, b):
 
 
 def balls_holding(points, centres, radius):
-    """For each point (m, d) the number of balls that hold it; for each ball whether it holds one."""
+    """The number of balls that hold each point (m, d); and of each ball, whether it holds one."""
     counts, holding = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
     for part in points.split(1000):
         within = distances(part, centres) <= radius
@@ -158,7 +159,7 @@ def read_generators(paths):
 
 
 def draw(module, path, n, device):
-    """n images of a checkpoint's generator in [0, 1]; of a conditional one, of all classes alike."""
+    """n images in [0, 1] of a checkpoint's generator; if conditional, of all classes alike."""
     try:
         generator = module.load_generator(path, device)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Build gan_kernels: one library for the CPU and, where there is a toolkit, one for CUDA.
 
 Environment:
-    GAN_KERNELS_CUDA      1 builds the CUDA library or fails, 0 leaves it out; unset decides by itself.
-    GAN_KERNELS_SANITIZE  1 builds the CPU library under the address and undefined-behaviour sanitizers.
+    GAN_KERNELS_CUDA      1 builds the CUDA library or fails, 0 leaves it out; unset: if it can be.
+    GAN_KERNELS_SANITIZE  1: the CPU library has the address and undefined-behaviour sanitizers.
     TORCH_CUDA_ARCH_LIST  CUDA architectures, as PyTorch reads it.
 """
 
@@ -104,7 +104,7 @@ def extensions():
                 ],
                 include_dirs=include_paths(device_type="cuda"),
                 library_dirs=library_paths(device_type="cuda") + toolkit_libraries(),
-                # The CUDA run time is linked statically: PyTorch's own may be another minor version.
+                # The CUDA run time is linked statically: PyTorch's may be another minor version.
                 libraries=["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"],
                 depends=HEADERS,
                 define_macros=[

@@ -1,9 +1,10 @@
 """Time of a training update against the number of processes that share its batch.
 
-    python benchmarks/processes.py 1 2        # prints the table, writes benchmarks/processes-<device>.md
+    python benchmarks/processes.py 1 2   # prints the table, writes benchmarks/processes-<device>.md
 
-torchrun starts this file again for each measurement: random MNIST-like images, the scripts' own batch
-sizes, one thread a process on a CPU or a GPU a process. Different numbers of processes take turns.
+torchrun starts this file again for each measurement: random MNIST-like images, the scripts' own
+batch sizes, one thread a process on a CPU or a GPU a process. Different numbers of processes take
+turns.
 """
 
 import importlib

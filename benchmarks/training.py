@@ -4,9 +4,10 @@
 
 The floating-point operations of an update are counted from the shapes of its matrix products and
 convolutions (torch.utils.flop_counter); the machine's rate is that of a float32 product of two
-2048 x 2048 matrices. All times are medians of repeats taken in turn, so that a change of the machine's
-speed falls on all alike. On a GPU every update is timed as single operations, as a captured graph, and
-as a graph of compiled networks; the profiler counts its kernels and the share of time they run.
+2048 x 2048 matrices. All times are medians of repeats taken in turn, so that a change of the
+machine's speed falls on all alike. On a GPU every update is timed as single operations, as a
+captured graph, and as a graph of compiled networks; the profiler counts its kernels and the share
+of time they run.
 """
 
 import sys
@@ -124,9 +125,9 @@ def main():
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "An update of `wgan_gp.py` is five of the critic and one of the generator. Its row `floor` has, "
-        "instead of the penalty, the least work that an exact one needs, a forward pass and a forward "
-        "and backward pass: no kernel can be more times faster than the reference.",
+        "An update of `wgan_gp.py` is five of the critic and one of the generator. Its row `floor` "
+        "has, instead of the penalty, the least work that an exact one needs, a forward pass and a "
+        "forward and backward pass: no kernel can be more times faster than the reference.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -1,7 +1,8 @@
 """A hundred training steps with the kernels and with plain PyTorch stay together.
 
-In float64 two runs, one with each, end at the same weights. In float32 two such runs part whatever the
-kernels, as training amplifies the last bit; there each step starts both from the reference's weights.
+In float64 two runs, one with each, end at the same weights. In float32 two such runs part
+whatever the kernels, as training amplifies the last bit; there each step starts both from the
+reference's weights.
 """
 
 import gan_kernels
@@ -22,7 +23,8 @@ class SmallGenerator(infogan.Generator):
         inputs = latent.noise + sum(latent.categorical) + latent.continuous
         self.layers = nn.Sequential(
             nn.Linear(inputs, 392, bias=False), nn.BatchNorm1d(392), nn.ReLU(True),
-            infogan.Unflatten(7), infogan.up(8, 8), nn.ReLU(True), infogan.up(8, channels), nn.Tanh(),
+            infogan.Unflatten(7), infogan.up(8, 8), nn.ReLU(True),
+            infogan.up(8, channels), nn.Tanh(),
         )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_infogan_in_float64(latent, small, double):
 @pytest.mark.parametrize("latent", LATENTS)
 def test_infogan_in_float32(latent, small):
     training, data = infogan_model("reference", torch.float32, *latent)
-    # Their D stands still: Adam would make a step of the noise of a vanishing gradient, and G see it.
+    # Their D stands still: Adam would make a step of a vanishing gradient's noise, and G see it.
     still = (*latent, "--lr-d", "0")
     probes = [infogan_model(k, torch.float32, *still)[0] for k in ("reference", "fused")]
     for step in range(STEPS):
@@ -129,7 +131,7 @@ def plain_penalty(critic, x):
 
 
 class Wgan:
-    """A WGAN-GP of 8 x 8 images that trains its critic three times for each step of the generator."""
+    """A WGAN-GP of 8 x 8 images that trains its critic three times for each step of G."""
 
     def __init__(self, penalty, norm, dtype):
         torch.manual_seed(0)

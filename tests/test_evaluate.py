@@ -36,7 +36,7 @@ def test_frechet_distance_of_known_gaussians():
     b = with_moments(70, torch.tensor([3.0, 0, 4]), eye * 9)
     assert math.isclose(evaluate.frechet_distance(a, b), 25 + 3 * (2 - 3) ** 2, rel_tol=1e-9)
     assert evaluate.frechet_distance(a, a) < 1e-9
-    # S_a S_b need not commute: in two dimensions tr (S_a S_b)^(1/2) = (tr S_a S_b + 2 det^(1/2))^(1/2)
+    # S_a, S_b need not commute: in the plane tr (S_a S_b)^(1/2) = (tr S_a S_b + 2 det^(1/2))^(1/2)
     s_a = torch.tensor([[2.0, 1], [1, 3]], dtype=torch.float64)
     s_b = torch.tensor([[4.0, -1], [-1, 1]], dtype=torch.float64)
     cross = ((s_a @ s_b).trace() + 2 * (s_a.det() * s_b.det()).sqrt()).sqrt()

@@ -64,7 +64,7 @@ def compare_third_order(first, parameters, second, twins, tolerance):
 
 
 def compare(critic, x, tolerance=1e-10, target=1.0, order=2):
-    """Compare one critic with its copy under plain autograd; with order 3 once more differentiated."""
+    """Compare one critic with its copy under plain autograd; order 3 differentiates once more."""
     twin = copy.deepcopy(critic)
     if order > 2:
         for name, layer in list(twin.named_children()):
@@ -416,7 +416,8 @@ def test_every_spelling_is_exact(device):
         lambda x: F.adaptive_avg_pool2d(x, (None, 3)), lambda x: F.adaptive_avg_pool2d(x, 1),
         lambda x: F.adaptive_max_pool2d(x, (2, None)), lambda x: F.adaptive_max_pool2d(x, (2, 3)),
         lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[0],
-        lambda x: F.avg_pool1d(x.flatten(2), 3, 2, 1), lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1),
+        lambda x: F.avg_pool1d(x.flatten(2), 3, 2, 1),
+        lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1),
         lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5), lambda x: F.lp_pool2d(x.abs() + 1, 2, 2),
         lambda x: F.adaptive_max_pool1d(x.flatten(2), 5), lambda x: F.interpolate(x, size=5),
         lambda x: F.prelu(x, x.new_tensor([0.3])), lambda x: x.max(dim=2).values, F.celu, F.mish,

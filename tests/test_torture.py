@@ -1,4 +1,4 @@
-"""Runs under fire: killed, out of space, doubled, misused. TORTURE=1 (make torture) is the long form."""
+"""Runs under fire: killed, out of space, doubled, misused; TORTURE=1 (make torture): for longer."""
 
 import multiprocessing
 import os

@@ -1,14 +1,14 @@
 """A critic's operations, rewritten so that differentiating twice does no wasted work.
 
-Plain autograd wastes two things in the second pass of a gradient penalty: piecewise-linear operations
-send zeros down through everything below them, and the second-order weight gradient of a convolution
-is computed as a convolution with a kernel as large as the feature map. Here
+Plain autograd wastes two things in the second pass of a gradient penalty: piecewise-linear
+operations send zeros down through everything below them, and the second-order weight gradient of a
+convolution is computed as a convolution with a kernel as large as the feature map. Here
 
 * a linear map (pooling, padding, the derivative of an activation) knows its transpose, and nothing
   flows where nothing depends;
 * layer normalisation has its second derivative as one kernel, where plain autograd runs many;
 * a convolution y = C(x, w) is one of three maps, each bilinear, each the derivative of the others:
-      C(x, w)   the output              I(g, w)   the gradient of x       K(g, x)   the gradient of w
+      C(x, w)   the output         I(g, w)   the gradient of x         K(g, x)   the gradient of w
   so that every derivative of every order is again one of the three. Its node in the graph is split
   into one that leads to x and one that leads to the parameters: asked for the gradient of x alone,
   the autograd engine leaves out the other by itself.
@@ -434,7 +434,7 @@ def _prelu(input, weight):
         return NotImplemented
     if weight.numel() > 1:
         weight = weight.view(-1, *[1] * (input.dim() - 2))
-    # The slope depends on the weight; on the input only through a comparison, which has no gradient.
+    # The slope depends on the weight; on the input only by a comparison, which has no gradient.
     return input * torch.where(input.detach() > 0, weight.new_ones(()), weight)
 
 

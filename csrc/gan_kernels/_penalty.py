@@ -80,7 +80,7 @@ def _walk(root):
 
 
 def _silent_parameters(scores, x, rewritten):
-    """Return the parameters that plain autograd would give a gradient of zeros, and we perhaps none.
+    """Return the parameters that plain autograd gives a gradient of zeros, and we perhaps none.
 
     Plain autograd sends zeros from every piecewise-linear operation between x and the scores to all
     that lies below it: a bias, say, gets zeros rather than no gradient at all. Left out are the
@@ -166,14 +166,14 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     2017, eq. 3); on real or fake samples with target 0 it is R1 or R2 (Mescheder et al. 2018, eq. 9
     and 10, without the factor gamma / 2). Differentiable in the critic's parameters, to any order,
     with the gradients of plain double backward: the critic is run once, with its convolutions,
-    piecewise-linear activations, pooling and padding rewritten while it runs so that the second pass
-    does no wasted work; anything else goes through plain autograd.
+    piecewise-linear activations, pooling and padding rewritten while it runs so that the second
+    pass does no wasted work; anything else goes through plain autograd.
 
     A row whose gradient is exactly zero adds target^2 and a zero gradient.
 
-    Inside torch.compile, with torch._dynamo.config.trace_autograd_ops, a whole critic update with its
-    gradients compiles; without that setting the penalty itself runs uncompiled, as it does for a
-    critic that is compiled already.
+    Inside torch.compile, with torch._dynamo.config.trace_autograd_ops, a whole critic update with
+    its gradients compiles; without that setting the penalty itself runs uncompiled, as it does for
+    a critic that is compiled already.
 
     Args:
         critic: a callable from (batch, ...) to one score a row, (batch,) or (batch, 1); each score
@@ -190,7 +190,7 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     Raises:
         TypeError: x is no floating-point tensor.
         ValueError: x has an empty batch, or the scores have another shape or do not depend on x.
-        CheckpointError: the critic uses torch.utils.checkpoint, which would recompute it unrewritten.
+        CheckpointError: the critic uses torch.utils.checkpoint, which would rerun it unrewritten.
         RuntimeError: inside a transform of torch.func, or where plain double backward raises it.
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
