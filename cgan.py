@@ -661,6 +661,7 @@ def torchvision_set(name, folder):
     """Classes, images and labels of one of torchvision's sets, downloaded where it is not there."""
     kind, tensors = TORCHVISION_SETS[name], []
     key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
+    classes = getattr(kind, "classes", [str(digit) for digit in range(10)])
 
     def read(download):
         return [kind(folder, download=download, **{key: part}) for part in parts]
@@ -678,9 +679,12 @@ def torchvision_set(name, folder):
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
-        labels = part.labels if name == "svhn" else part.targets
-        tensors += images.contiguous(), torch.as_tensor(labels).long()
-    return getattr(kind, "classes", [str(digit) for digit in range(10)]), *tensors
+        labels = torch.as_tensor(part.labels if name == "svhn" else part.targets).long()
+        if len(images) != len(labels) or labels.max() >= len(classes):
+            problem = "the labels are not those of the images; delete the damaged files"
+            raise UsageError(f"can not read {name} in {folder}: {problem}")
+        tensors += images.contiguous(), labels
+    return classes, *tensors
 
 
 def download(kind, name, folder, read):
