@@ -926,11 +926,16 @@ class Run:
                 part.train(mode)
 
     def check(self):
-        """Ends a run whose losses have gone bad; reads the device, so only at rows and saves."""
-        if step := self.bad_step.item():
+        """Ends a run that has gone bad; reads the device, so only at rows and saves."""
+        what, step = "loss", self.bad_step.item()
+        networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
+        values = (value for part in networks for value in part.state_dict().values())
+        if not step and not all(value.isfinite().all() for value in values):
+            what, step = "weight", self.step  # the next loss would show it, but after the save
+        if step:
             last = self.folder / "checkpoint.pt"
             raise UsageError(
-                f"a loss is nan or infinite at update {step}; lower the learning rates, and "
+                f"a {what} is nan or infinite at update {step}; lower the learning rates, and "
                 + (f"--resume {last}, the last good state" if last.exists() else "start again")
             )
 
