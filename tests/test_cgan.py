@@ -464,7 +464,7 @@ def test_folder_of_one_class(capsys):
 
 
 def test_bad_flags(capsys):
-    for flags in (["--network", "deep"], ["--lr-g", "nan"], ["--lr-d", -1], ["--batch-size", 5000]):
+    for flags in (["--network", "deep"], ["--lr-g", "nan"], ["--lr-d", -1]):
         assert flags[0] in refused(capsys, "--dataset", "digits", *flags)
 
 

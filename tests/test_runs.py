@@ -18,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+import cgan
 import infogan
+import wgan_gp
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kernels", "reference"]
@@ -39,20 +41,33 @@ def run(*flags):
     infogan.main([*QUICK, *map(str, flags)])
 
 
-def refused_by(script, capsys, *flags):
-    """The line on stderr of a call that must end with exit code 2 and write nothing new."""
-    before = sorted(Path().rglob("*"))
+def error_of(script, capsys, *flags):
+    """The one line on stderr of a call that must end with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main([str(flag) for flag in flags])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith(f"{script.SCRIPT}: error: ")
-    assert sorted(Path().rglob("*")) == before
-    return captured.err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"{script.SCRIPT}: error: ")
+    return error
 
 
-refused = functools.partial(refused_by, infogan)
+def files(folder="."):
+    """All below the folder, and when it was last written to."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def refused_by(script, capsys, *flags):
+    """The line of error_of, from a call that must leave every file as it is."""
+    before = files()
+    error = error_of(script, capsys, *flags)
+    assert files() == before
+    return error
+
+
+@pytest.fixture
+def refused(script, capsys):
+    return functools.partial(refused_by, script, capsys)
 
 
 def rows(folder):
@@ -81,25 +96,43 @@ def weights(folder):
     return {name: state[name] for name in parts}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of two epochs of ten updates on made MNIST files, with a row every four updates."""
-    home = tmp_path_factory.mktemp("finished")
-    write_mnist(home / "data", train=80, test=20)
-    infogan.main([*SMALL, "--data-dir", str(home / "data"), "--out", str(home / "run")])
-    return home / "run"
-
-
 SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "2", "--log-every", "4"]
 SMALL += ["--device", "cpu", "--kernels", "reference"]
+SCRIPTS = {  # with flags for networks that are small, and another model's
+    infogan: ([], {"categorical": [7]}),
+    cgan: (["--network", "mlp"], {"network": "conv"}),
+    wgan_gp: (["--dim", "4", "--n-critic", "1"], {"dim": 8}),
+}
 
 
-def small(finished, *flags):
-    """The same run again, with other flags."""
-    infogan.main([*SMALL, "--data-dir", str(finished.parent / "data"), *map(str, flags)])
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
+def script(request):
+    """Each test that asks for it, or for a finished run, runs on every script."""
+    return request.param
+
+
+INFOGAN = pytest.mark.parametrize("script", [infogan], ids=["infogan"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def finished(script, tmp_path_factory):
+    """A run of two epochs of ten updates on made MNIST files, with a row every four updates."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    write_mnist(run.parent / "data", train=80, test=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cgan, "SAMPLES", 200)
+        script.main(small(script, run, "--out", run))
+    return run
+
+
+def small(script, finished, *flags):
+    """The arguments of the same run with other flags."""
+    data = ("--data-dir", finished.parent / "data")
+    return [str(flag) for flag in (*SMALL, *SCRIPTS[script][0], *data, *flags)]
 
 
 # ------------------------------------------------------------------ what a run leaves
+@INFOGAN
 def test_run_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
@@ -115,6 +148,7 @@ def test_run_folder(finished):
             assert np.asarray(image).std() > 1  # not blank
 
 
+@INFOGAN
 def test_metrics(finished):
     header = (finished / "metrics.csv").read_text().splitlines()[0]
     assert header == "step,epoch,seconds,loss_d,loss_g,mi_categorical,mi_continuous,accuracy"
@@ -126,6 +160,7 @@ def test_metrics(finished):
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
+@INFOGAN
 def test_summary(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["script"] == "infogan" and summary["dataset"] == "mnist"
@@ -142,6 +177,7 @@ def test_summary(finished):
         assert all(-1 <= rho <= 1 for rho in effect.values())
 
 
+@INFOGAN
 def test_config(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["categorical"] == [10] and config["batch_size"] == 8
@@ -175,10 +211,11 @@ def test_codes_are_learned_and_the_baseline_does_not_learn_them():
 
 
 # ------------------------------------------------------------------ resume
+@INFOGAN
 @pytest.mark.parametrize("stop", [3, 4, 7, 10, 13])
 def test_resume_equals_uninterrupted(finished, stop, capsys):
     """Stopped before a log line, on one, in mid-epoch, on an epoch's end and after it."""
-    small(finished, "--out", "run", "--max-steps", stop)
+    infogan.main(small(infogan, finished, "--out", "run", "--max-steps", stop))
     assert int(rows("run")[-1]["step"]) == stop
     infogan.main(["--resume", "run/checkpoint.pt", "--max-steps", "1000"])
     assert same(weights("run"), weights(finished))
@@ -190,13 +227,14 @@ def test_resume_equals_uninterrupted(finished, stop, capsys):
     assert summaries[0] == summaries[1]
 
 
-def test_finished_run_is_said_to_be_finished(finished, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    infogan.main(["--resume", str(finished / "checkpoint.pt")])
+def test_finished_run_is_said_to_be_finished(script, finished, capsys):
+    before = files(finished)
+    script.main(["--resume", str(finished / "checkpoint.pt")])
     assert "is finished" in capsys.readouterr().out
-    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert before == files(finished)
 
 
+@INFOGAN
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_says_how_to_go_on(finished, number, code, capsys, monkeypatch):
     step = infogan.train_step
@@ -211,7 +249,7 @@ def test_signal_saves_and_says_how_to_go_on(finished, number, code, capsys, monk
     monkeypatch.setattr(infogan, "train_step", interrupted)
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        small(finished, "--out", "run")
+        infogan.main(small(infogan, finished, "--out", "run"))
     assert stop.value.code == code and signal.getsignal(number) is handler
     assert "--resume run/checkpoint.pt" in capsys.readouterr().err
     assert checkpoint("run")["step"] == 7 and not Path("run/summary.json").exists()
@@ -220,16 +258,18 @@ def test_signal_saves_and_says_how_to_go_on(finished, number, code, capsys, monk
     assert same(weights("run"), weights(finished))
 
 
-def test_resume_refuses_other_flags(finished, capsys):
+@INFOGAN
+def test_resume_refuses_other_flags(finished, refused):
     path = finished / "checkpoint.pt"
-    error = refused(capsys, "--resume", path, "--categorical", 5)
+    error = refused("--resume", path, "--categorical", 5)
     assert "--categorical [5]" in error and "[10]" in error
-    assert "--seed 3" in refused(capsys, "--resume", path, "--seed", 3)
-    assert "--out" in refused(capsys, "--resume", path, "--out", "elsewhere")
+    assert "--seed 3" in refused("--resume", path, "--seed", 3)
+    assert "--out" in refused("--resume", path, "--out", "elsewhere")
 
 
 # ------------------------------------------------------------------ drawing from a trained model
-def test_generate(finished, capsys):
+@INFOGAN
+def test_generate(finished, refused):
     path = str(finished / "checkpoint.pt")
     infogan.main(["--generate", path, "--out", "a.png", "--category", "3", "--code", "1.5", "-0.5"])
     with Image.open("a.png") as image:
@@ -237,11 +277,11 @@ def test_generate(finished, capsys):
     generator = infogan.load_generator(path)
     assert not generator.training
     assert infogan.sample(generator, 5).shape == (5, 1, 28, 28)
-    assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 10)
-    assert "sizes (10,)" in refused(capsys, "--generate", path, "--category", 1, 2)
-    assert "2 continuous" in refused(capsys, "--generate", path, "--code", 1)
+    assert "sizes (10,)" in refused("--generate", path, "--category", 10)
+    assert "sizes (10,)" in refused("--generate", path, "--category", 1, 2)
+    assert "2 continuous" in refused("--generate", path, "--code", 1)
     for name in ("picture", "picture.psd"):
-        assert "grid.png" in refused(capsys, "--generate", path, "--out", name)
+        assert "grid.png" in refused("--generate", path, "--out", name)
 
 
 # ------------------------------------------------------------------ kernels
@@ -265,13 +305,14 @@ def test_installed_kernel_is_used_and_named(monkeypatch, capsys):
     assert json.loads(Path("b/summary.json").read_text())["kernels"] == "reference"
 
 
-def test_broken_kernel_is_said(monkeypatch, capsys):
+@INFOGAN
+def test_broken_kernel_is_said(monkeypatch, refused, capsys):
     write_kernels(monkeypatch, "raise ImportError('undefined symbol: x')")
     flags = ["--dataset", "digits", "--batch-size", "16", "--max-steps", "1", "--device", "cpu"]
     infogan.main([*flags, "--out", "a"])
     assert "undefined symbol: x" in capsys.readouterr().err
     assert json.loads(Path("a/summary.json").read_text())["kernels"] == "reference"
-    assert "undefined symbol" in refused(capsys, *flags, "--kernels", "fused")
+    assert "undefined symbol" in refused(*flags, "--kernels", "fused")
 
 
 # ------------------------------------------------------------------ data
@@ -311,11 +352,12 @@ def test_auto_falls_back_to_digits_and_says_so(capsys):
     assert not Path("data").exists()
 
 
-def test_run_begun_with_auto_is_not_resumed_on_another_set(capsys):
+@INFOGAN
+def test_run_begun_with_auto_is_not_resumed_on_another_set(refused):
     write_mnist("data")
     infogan.main(["--batch-size", "8", "--max-steps", "1", "--out", "run", "--device", "cpu"])
     shutil.rmtree("data")
-    assert "mnist is not in data" in refused(capsys, "--resume", "run/checkpoint.pt")
+    assert "mnist is not in data" in refused("--resume", "run/checkpoint.pt")
 
 
 def test_digits_are_the_real_ones():
@@ -382,152 +424,174 @@ def test_real_mnist():
         ["--batch-size", "many"],
         ["--epochs", -1],
         ["--epochs", 0],
+        ["--seed", -1],
+        ["--max-steps", 0],
+        ["--log-every", 0],
+        ["--image-size", 48],
+        ["--image-size", 32],
+        ["--unknown"],
+    ],
+)
+def test_bad_flags(flags, refused):
+    assert flags[0] in refused("--dataset", "digits", *flags)
+
+
+@INFOGAN
+@pytest.mark.parametrize(
+    "flags",
+    [
         ["--lr-g", "nan"],
         ["--lr-d", "-1e-3"],
         ["--lambda-categorical", "inf"],
         ["--categorical", 1],
         ["--categorical", "--continuous", 0],
         ["--noise", -1],
-        ["--seed", -1],
-        ["--max-steps", 0],
-        ["--log-every", 0],
-        ["--image-size", 64],
-        ["--image-size", 32],
-        ["--kernels", "fused"],
-        ["--unknown"],
     ],
 )
-def test_bad_flags(flags, capsys, monkeypatch):
+def test_bad_flags_of_infogan(flags, refused):
+    assert flags[0] in refused("--dataset", "digits", *flags)
+
+
+@pytest.mark.parametrize("script", [infogan, wgan_gp], ids=lambda s: s.__name__, indirect=True)
+def test_kernels_that_are_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "gan_kernels", None)
     monkeypatch.setattr(infogan.importlib.util, "find_spec", lambda name: None)
-    refused(capsys, "--dataset", "digits", *flags)
+    assert "not installed" in refused("--dataset", "digits", "--kernels", "fused")
 
 
-def test_missing_data_set_is_an_error(capsys):
+def test_missing_data_set_is_an_error(refused):
     for name in ("mnist", "fashion-mnist", "svhn", "cifar10"):
-        assert f"{name} is not in data" in refused(capsys, "--dataset", name)
+        assert f"{name} is not in data" in refused("--dataset", name)
 
 
 @pytest.mark.parametrize("cut", [1, 40 * 28 * 28, 40 * 28 * 28 + 10])
-def test_truncated_mnist(cut, capsys):
+def test_truncated_mnist(cut, refused):
     write_mnist("data", cut=cut)
-    assert "mnist in data" in refused(capsys, "--dataset", "mnist", "--batch-size", 4)
-    assert "mnist in data" in refused(capsys, "--batch-size", 4)
+    assert "mnist in data" in refused("--dataset", "mnist", "--batch-size", 4)
+    assert "mnist in data" in refused("--batch-size", 4)
 
 
-def test_files_that_are_no_images(capsys):
+@pytest.mark.parametrize("labels", [bytes(10), bytes(range(40))])
+def test_labels_that_are_of_other_images(labels, refused):
+    """Fewer than there are images, and of more classes than MNIST has."""
+    write_mnist("data")
+    head = b"".join(v.to_bytes(4, "big") for v in (0x801, len(labels)))
+    Path("data/MNIST/raw/train-labels-idx1-ubyte").write_bytes(head + labels)
+    assert "mnist in data" in refused("--batch-size", 4)
+
+
+def test_files_that_are_no_images(refused):
     write_images("pictures")
     Path("pictures/dog/x.jpg").write_text("not an image")
-    flags = ("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
-    assert "x.jpg" in refused(capsys, *flags)
+    assert "x.jpg" in refused("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
     Path("empty").mkdir()
-    assert "empty" in refused(capsys, "--dataset", "folder", "--data-dir", "empty")
-    assert "nowhere" in refused(capsys, "--dataset", "folder", "--data-dir", "nowhere")
+    for name in ("empty", "nowhere"):
+        assert name in refused("--dataset", "folder", "--data-dir", name)
 
 
-def test_data_dir_that_can_not_be_written(capsys):
+def test_data_dir_that_can_not_be_written(refused):
     Path("file").write_text("")
-    assert "can not be written" in refused(capsys, "--dataset", "mnist", "--data-dir", "file/data")
+    assert "can not be written" in refused("--dataset", "mnist", "--data-dir", "file/data")
 
 
-def test_folder_that_holds_a_run(finished, capsys):
-    before = (finished / "metrics.csv").read_bytes()
-    error = refused(capsys, "--dataset", "digits", "--out", finished)
-    assert "holds a run" in error and (finished / "metrics.csv").read_bytes() == before
+def test_folder_that_holds_a_run(finished, refused):
+    """The run, and what is left of it with a checkpoint alone."""
+    for ignored in ((), ("*.json", "*.csv", "*.png")):
+        shutil.copytree(finished, "kept", ignore=shutil.ignore_patterns(*ignored))
+        assert "holds a run" in refused("--dataset", "digits", "--out", "kept")
+        shutil.rmtree("kept")
 
 
-def test_folder_that_holds_a_checkpoint_alone(finished, capsys):
-    Path("kept").mkdir()
-    shutil.copy(finished / "checkpoint.pt", "kept")
-    assert "holds a run" in refused(capsys, "--dataset", "digits", "--out", "kept")
-
-
-def test_run_is_not_resumed_on_other_data(finished, capsys):
-    shutil.copytree(finished, "run")
+def test_run_is_not_resumed_on_other_data(finished, refused):
     write_mnist("other", train=88, test=20)
-    state = checkpoint("run")
+    state = checkpoint(finished)
     state["config"]["data_dir"] = "other"
-    torch.save(state, "run/checkpoint.pt")
-    assert "the data have changed" in refused(capsys, "--resume", "run/checkpoint.pt")
+    torch.save(state, "checkpoint.pt")
+    assert "the data have changed" in refused("--resume", "checkpoint.pt")
 
 
-def test_not_enough_memory_is_said(capsys):
-    flags = ("--dataset", "digits", "--categorical", *["10000"] * 3000)
-    assert "memory" in refused(capsys, *flags)
+@INFOGAN
+def test_not_enough_memory_is_said(refused):
+    assert "memory" in refused("--dataset", "digits", "--categorical", *["10000"] * 3000)
 
 
-def test_bad_checkpoints(finished, capsys):
+@pytest.mark.parametrize("flag", ["--resume", "--generate"])
+def test_bad_checkpoints(flag, script, finished, refused):
     whole = (finished / "checkpoint.pt").read_bytes()
-    assert "no checkpoint" in refused(capsys, "--resume", "nowhere.pt")
+    assert "no checkpoint" in refused(flag, "nowhere.pt")
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         Path("cut.pt").write_bytes(whole[:length])
-        assert "not a whole checkpoint" in refused(capsys, "--resume", "cut.pt")
-        assert "not a whole checkpoint" in refused(capsys, "--generate", "cut.pt")
-    torch.save({"script": "cgan"}, "other.pt")
-    assert "checkpoint of cgan" in refused(capsys, "--resume", "other.pt")
+        assert "not a whole checkpoint" in refused(flag, "cut.pt")
     torch.save([1], "list.pt")
-    assert "not a whole checkpoint" in refused(capsys, "--resume", "list.pt")
-    torch.save({"script": "infogan", "step": 3}, "part.pt")
-    assert "it lacks classes, config" in refused(capsys, "--resume", "part.pt")
-    other = checkpoint(finished)
-    other["config"]["categorical"] = [7]
-    torch.save(other, "codes.pt")
-    assert "is of another model" in refused(capsys, "--resume", "codes.pt")
-    assert "is of another model" in refused(capsys, "--generate", "codes.pt")
+    assert "not a whole checkpoint" in refused(flag, "list.pt")
+    torch.save({"script": script.SCRIPT, "step": 3}, "part.pt")
+    assert "it lacks classes, config" in refused(flag, "part.pt")
+    torch.save({"script": "dcgan"}, "other.pt")
+    assert f"a checkpoint of dcgan, not of {script.SCRIPT}" in refused(flag, "other.pt")
+    state = checkpoint(finished)
+    state["config"] |= SCRIPTS[script][1]
+    torch.save(state, "model.pt")
+    assert "is of another model" in refused(flag, "model.pt")
 
 
-def test_checkpoint_can_not_run_code(capsys):
+def test_checkpoint_can_not_run_code(refused):
     class Payload:
         def __reduce__(self):
             return (os.system, ("touch owned",))
 
     with open("evil.pt", "wb") as file:
         pickle.dump(Payload(), file)
-    refused(capsys, "--resume", "evil.pt")
-    assert not Path("owned").exists()
+    refused("--resume", "evil.pt")
 
 
-def test_cuda_without_one(capsys, monkeypatch):
+def test_cuda_without_one(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cpu" in refused(capsys, "--dataset", "digits", "--device", "cuda")
+    assert "--device cpu" in refused("--dataset", "digits", "--device", "cuda")
 
 
-@pytest.mark.parametrize("log_every, first_bad", [(5, 3), (100, 13)])
+def test_nan_before_there_is_a_checkpoint(script, finished, capsys, monkeypatch):
+    step = script.train_step
+    monkeypatch.setattr(script, "train_step", lambda *args: step(*args) * math.inf)
+    error = error_of(script, capsys, *small(script, finished, "--out", "run"))
+    assert "a loss is nan or infinite at update 1;" in error and "start again" in error
+    assert not Path("run/checkpoint.pt").exists() and rows("run") == []
+
+
+@pytest.mark.parametrize(
+    "last, first_bad, what", [(24, 21, "loss"), (23, 22, "loss"), (21, 21, "weight")]
+)
 def test_nan_stops_the_run_and_names_the_first_bad_step(
-    finished, log_every, first_bad, capsys, monkeypatch
+    script, finished, last, first_bad, what, capsys, monkeypatch
 ):
-    """At a log line, and at a checkpoint; the last good checkpoint stays."""
-    step = infogan.train_step
+    """At a log line, at a checkpoint, and before a loss shows it; the last good checkpoint stays."""
+    shutil.copytree(finished, "run")
+    step, updates = script.train_step, iter(range(21, 25))
 
-    def spoiled(model, data, index):
-        spoiled.calls += 1
-        return step(model, data, index) + (math.inf if spoiled.calls == first_bad else 0)
+    def spoiled(model, *args):
+        losses, bad = step(model, *args), next(updates) == first_bad
+        if bad and what == "weight":
+            next(model.generator.parameters()).data.fill_(math.nan)
+        return losses * math.nan if bad and what == "loss" else losses
 
-    spoiled.calls = 0
-    monkeypatch.setattr(infogan, "train_step", spoiled)
-    with pytest.raises(SystemExit) as stop:
-        small(finished, "--log-every", log_every, "--out", "run")
-    assert stop.value.code == 2
-    assert f"at update {first_bad};" in capsys.readouterr().err
-    if first_bad > 10:
-        assert checkpoint("run")["step"] == 10
-    else:
-        assert not Path("run/checkpoint.pt").exists() and rows("run") == []
+    monkeypatch.setattr(script, "train_step", spoiled)
+    flags = ("--resume", "run/checkpoint.pt", "--epochs", 3, "--max-steps", last)
+    error = error_of(script, capsys, *flags)
+    assert f"a {what} is nan or infinite at update {first_bad};" in error
+    assert "--resume run/checkpoint.pt" in error
+    assert same(checkpoint("run"), checkpoint(finished))
 
 
-def test_full_disk_leaves_the_previous_checkpoint(finished, capsys, monkeypatch):
-    small(finished, "--max-steps", 2, "--out", "run")
-    before = Path("run/checkpoint.pt").read_bytes()
+def test_full_disk_leaves_the_previous_checkpoint(script, finished, capsys, monkeypatch):
+    shutil.copytree(finished, "run")
+    before = files("run")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(infogan.os, "fsync", full)
-    with pytest.raises(SystemExit) as stop:
-        infogan.main(["--resume", "run/checkpoint.pt", "--max-steps", "4"])
-    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
-    assert Path("run/checkpoint.pt").read_bytes() == before
-    assert not list(Path("run").glob("*.tmp"))
+    monkeypatch.setattr(script.os, "fsync", full)
+    flags = ("--resume", "run/checkpoint.pt", "--epochs", 3, "--max-steps", 22)
+    assert "No space left" in error_of(script, capsys, *flags)
+    assert files("run").items() <= before.items() and Path("run/checkpoint.pt").exists()
 
 
 # ------------------------------------------------------------------ copied alone

@@ -506,7 +506,6 @@ def test_generate(finished, capsys):
         ["--decay-steps", -1],
         ["--critic-norm", "batch"],
         ["--network", "resnet"],
-        ["--image-size", 48],
     ],
 )
 def test_bad_flags(flags, capsys):
