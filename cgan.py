@@ -21,19 +21,19 @@ range for 1,000 training images. What the paper shows as a picture (figure 2) is
 fidelity, the share of samples that a classifier, trained on real images, puts in the class asked
 for. samples/ holds the picture.
 
---network mlp is the paper's: its layers, noise, dropout, SGD and schedules. Where the paper is silent
-it follows the code that it grew from (goodfeli/adversarial): initial weights, and a momentum of 0.7
-after 250 epochs of 500 updates. Departures:
+--network mlp is the paper's: its layers, noise, dropout, SGD and schedules. Where the paper is
+silent it follows the code that it grew from (goodfeli/adversarial): initial weights, and a momentum
+of 0.7 after 250 epochs of 500 updates. Departures:
 
 - The default network is a convolutional pair of InfoGAN's size (https://arxiv.org/abs/1606.03657,
   appendix C) trained by Adam: better images of 28x28 grey and 32x32 colour in fewer updates. The
   label joins D at its last layer, as an inner product with the features (Miyato & Koyama 2018,
   https://arxiv.org/abs/1802.05637).
 - G maximises log D instead of minimising log(1 - D), as in Goodfellow et al. 2014, section 3.
-- The conv networks have normal noise. The paper's, uniform in the unit hypercube, was too weak beside
-  the label: G drew one and the same image for a label (MNIST, seed 0, 936 updates).
-- The mlp's G keeps its dropout in sampling, as it comes to use it as noise: of one network after 5,682
-  updates the log-likelihood was -66 nats without and -23 with it (3,000 samples, 300 test images).
+- The conv networks have normal noise. The paper's, uniform in the unit hypercube, was too weak
+  beside the label: G drew one and the same image for a label (MNIST, seed 0, 936 updates).
+- The mlp's G keeps its dropout in sampling, as it comes to use it as noise: of one network after
+  5,682 updates the log-likelihood was -66 nats without and -23 with it (3,000 samples, 300 images).
 - The paper stops at the best likelihood on a validation set; here a run ends with its last epoch.
 
 Nothing here has a fused kernel: --kernels changes nothing.
@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import importlib
 import importlib.util
 import io
@@ -118,7 +119,7 @@ def up(inputs, outputs, bias=True):
 
 
 class Flatten(nn.Module):
-    """Flattens in the order row, column, channel: that of channels-last memory, so nothing moves."""
+    """Flattens by row, column, channel: the order of channels-last memory, so nothing moves."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1).flatten(1)
@@ -141,19 +142,20 @@ class ConvGenerator(nn.Module):
     def __init__(self, classes, shape):
         super().__init__()
         self.classes, inputs = classes, NOISE + len(classes)
+        relu = nn.ReLU(inplace=True)
         if shape[0] == 1:
             layers = [
-                nn.Linear(inputs, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
-                nn.Linear(1024, 6272, bias=False), nn.BatchNorm1d(6272), nn.ReLU(inplace=True),
-                Unflatten(7), up(128, 64, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1024, bias=False), nn.BatchNorm1d(1024), relu,
+                nn.Linear(1024, 6272, bias=False), nn.BatchNorm1d(6272), relu,
+                Unflatten(7), up(128, 64, bias=False), nn.BatchNorm2d(64), relu,
                 up(64, 1), nn.Tanh(),
             ]  # fmt: skip
         else:
             layers = [
-                nn.Linear(inputs, 1792, bias=False), nn.BatchNorm1d(1792), nn.ReLU(inplace=True),
-                Unflatten(2), up(448, 256, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
-                up(256, 128), nn.ReLU(inplace=True),
-                up(128, 64), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1792, bias=False), nn.BatchNorm1d(1792), relu,
+                Unflatten(2), up(448, 256, bias=False), nn.BatchNorm2d(256), relu,
+                up(256, 128), relu,
+                up(128, 64), relu,
                 up(64, 3), nn.Tanh(),
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers).apply(initialise)
@@ -172,18 +174,22 @@ class ConvDiscriminator(nn.Module):
 
     def __init__(self, classes, shape):
         super().__init__()
+        # without running averages: real and generated images would mix in them
+        norm1d = functools.partial(nn.BatchNorm1d, track_running_stats=False)
+        norm2d = functools.partial(nn.BatchNorm2d, track_running_stats=False)
+        leaky = nn.LeakyReLU(0.1, inplace=True)
         if shape[0] == 1:
             features, layers = 1024, [
-                down(1, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
+                down(1, 64), leaky,
+                down(64, 128, bias=False), norm2d(128), leaky,
                 Flatten(),
-                nn.Linear(6272, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.1, inplace=True),
+                nn.Linear(6272, 1024, bias=False), norm1d(1024), leaky,
             ]  # fmt: skip
         else:
             features, layers = 4096, [
-                down(3, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
-                down(128, 256, bias=False), nn.BatchNorm2d(256), nn.LeakyReLU(0.1, inplace=True),
+                down(3, 64), leaky,
+                down(64, 128, bias=False), norm2d(128), leaky,
+                down(128, 256, bias=False), norm2d(256), leaky,
                 Flatten(),
             ]  # fmt: skip
         self.trunk = nn.ModuleList(layers)
@@ -240,25 +246,37 @@ class MLPGenerator(nn.Module):
 
     def forward(self, noise, label):
         label = F.one_hot(label, len(self.classes)).float()
-        x = F.dropout(torch.cat([self.noise(noise), self.label(label)], dim=1).relu())
-        x = F.dropout(self.joint(x).relu())
+        x = dropout(torch.cat([self.noise(noise), self.label(label)], dim=1).relu())
+        x = dropout(self.joint(x).relu())
         return torch.sigmoid(self.pixels(x)).view(-1, *self.shape) * 2 - 1
 
 
 class MLPDiscriminator(nn.Module):
-    """The paper's D: maxout layers for image and label, then a joint one."""
+    """The paper's D: maxout layers for image and label, then a joint one; always with dropout."""
 
     def __init__(self, classes, shape):
         super().__init__()
         self.classes = len(classes)
-        self.image = nn.Sequential(Maxout(math.prod(shape), 240, 5), nn.Dropout())
-        self.label = nn.Sequential(Maxout(len(classes), 50, 5), nn.Dropout())
-        self.joint = nn.Sequential(Maxout(290, 240, 4), nn.Dropout(), linear(240, 1, 0.005))
+        self.image = Maxout(math.prod(shape), 240, 5)
+        self.label = Maxout(len(classes), 50, 5)
+        self.joint = Maxout(290, 240, 4)
+        self.score = linear(240, 1, 0.005)
 
     def forward(self, label, *batches):
-        x = self.image(torch.cat(batches).flatten(1) / 2 + 0.5)  # pixels in [0, 1], as in the paper
-        label = F.one_hot(label, self.classes).float().repeat(len(batches), 1)
-        return self.joint(torch.cat([x, self.label(label)], dim=1)).squeeze(1)
+        n, x = len(batches), torch.cat(batches).flatten(1) / 2 + 0.5  # pixels in [0, 1]
+        label = F.one_hot(label, self.classes).float().repeat(n, 1)
+        x = [dropout(self.image(x), n), dropout(self.label(label), n)]
+        return self.score(dropout(self.joint(torch.cat(x, dim=1)), n)).squeeze(1)
+
+
+def dropout(x, batches=1):
+    """x, of one or more batches, with half of its values 0 and the others doubled.
+
+    Every process draws the masks of whole batches and takes its share.
+    """
+    n = len(x) // batches * processes()[1]
+    keep = mine(torch.rand(batches, n, x.shape[1], device=x.device), dim=1) < 0.5
+    return x * keep.flatten(0, 1) * 2
 
 
 class Maxout(nn.Module):
@@ -402,14 +420,11 @@ def load_generator(path, device="cpu"):
     return generator.eval().requires_grad_(False).to(device)
 
 
-def generate(args):
+def generate(args, path):
     """--generate: a row of ten images for each label asked for, or for each there is."""
     generator = load_generator(args.generate, choose_device(args.device))
     labels = [class_number(generator.classes, name) for name in args.label or generator.classes]
-    try:
-        save_image(sample_rows(generator, labels, seed=args.seed), args.out or "grid.png", nrow=10)
-    except (KeyError, ValueError) as error:  # a format that Pillow does not write
-        raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
+    save_image(sample_rows(generator, labels, seed=args.seed), path, nrow=10)
 
 
 def save_samples(model, path):
@@ -577,6 +592,12 @@ def read_arguments(parser, argv):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {given}: the run has {kept[name]}; leave the flag out")
     return args, state
+
+
+def picture_path(out):
+    if Path(out or "grid.png").suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UsageError(f"--out {out}: a picture's name ends in .png or .jpg, like grid.png")
+    return out or "grid.png"
 
 
 def choose_device(name):
@@ -865,21 +886,22 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
-        if dist.is_initialized() and last:
-            dist.barrier()
-        self.data = load_data(args, self.device)
-        if dist.is_initialized() and not last:
-            dist.barrier()
-        args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+        turn = 0 if self.rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        for now in range(3):  # rank 0 chooses the set, and of each machine one process downloads it
+            if now == turn:
+                self.data = load_data(args, self.device)
+                args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+            args.dataset = gather(args.dataset)[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
         if args.batch_size % self.world or args.batch_size < 2 * self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
-                             "number of processes, with two images or more for each")  # fmt: skip
+            raise UsageError(
+                f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the number "
+                "of processes, with two images or more for each"
+            )
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -887,11 +909,12 @@ class Run:
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
         self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.folder = Path(args.out or "runs")
+        self.folder = None if state is None else Path(args.out)
         if state is not None:
             self.restore(state)
         elif self.rank == 0:
             self.folder = create_run(args)
+        self.folder = gather(self.folder)[0]
         self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
@@ -904,9 +927,9 @@ class Run:
             return None
         if self.rank == 0:
             (self.folder / "summary.json").unlink(missing_ok=True)
-            self.say(f"{self.data.name}, {len(self.data.train):,} images, {self.device}, "
+            self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
-        caught, stop, order, size = [], False, None, self.model.images_per_step
+        caught, stop, order, size = [], None, None, self.model.images_per_step
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
         hidden = True if self.rank else None  # None: shown on a terminal
@@ -938,7 +961,7 @@ class Run:
         if stop:
             self.say(f"stopped at update {self.step}; to go on: python {SCRIPT}.py "
                      f"--resume {self.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
-            return caught[0]
+            return stop
         self.finish()
         return None
 
@@ -948,14 +971,10 @@ class Run:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
 
     def stopped(self, caught):
-        """Whether a signal came; several processes have to agree, which they do now and then."""
-        if self.world > 1:
-            if self.step % 10:
-                return False
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, caught[:1])
-            caught[:] = [number for numbers in everyone for number in numbers]
-        return bool(caught)
+        """The signal that came to one of the processes, which ask each other now and then."""
+        if self.world > 1 and self.step % 10:
+            return None
+        return next((number for numbers in gather(caught) for number in numbers), None)
 
     def close(self):
         """Lets another process at the run's folder."""
@@ -975,16 +994,16 @@ class Run:
 
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        what, step = "loss", self.bad_step.item()
         networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
-        values = (value for part in networks for value in part.state_dict().values())
-        if not step and not all(value.isfinite().all() for value in values):
-            what, step = "weight", self.step  # the next loss would show it, but after the save
-        if step:
+        values = [value for part in networks for value in part.state_dict().values()]
+        good = torch.stack([value.isfinite().all() for value in values]).all()
+        # bad weights would show in the next loss, but after the save
+        bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
+        if step := min(filter(None, gather(bad_step.item())), default=0):
             last = self.folder / "checkpoint.pt"
+            how = f"--resume {last}, the last good state" if last.exists() else "start again"
             raise UsageError(
-                f"a {what} is nan or infinite at update {step}; lower the learning rates, and "
-                + (f"--resume {last}, the last good state" if last.exists() else "start again")
+                f"a loss or weight is nan or infinite at update {step}; lower the rates, and {how}"
             )
 
     def log(self, measured=None):
@@ -1216,6 +1235,14 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def gather(value):
+    """The value of each process, in the order of their ranks; they wait for each other."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mine(tensor, dim=0):
     """This process's share, along dim, of a batch that every process has drawn alike."""
     rank, world = processes()
@@ -1246,7 +1273,7 @@ def main(argv=None):
     try:
         args, state = read_arguments(arguments(), argv)
         if args.generate:
-            return generate(args)
+            return generate(args, picture_path(args.out))
         if dist.is_torchelastic_launched():
             dist.init_process_group()
         with contextlib.closing(Run(args, state)) as run:

@@ -6,7 +6,7 @@
 
 Chen, Duan, Houthooft, Schulman, Sutskever, Abbeel 2016, https://arxiv.org/abs/1606.03657
 
-    python infogan.py --epochs 50             # MNIST; scikit-learn's digits where it is out of reach
+    python infogan.py --epochs 50             # MNIST, or scikit-learn's digits if out of reach
     python infogan.py --baseline              # figure 1's lower curve: Q only watches
     python infogan.py --dataset svhn --categorical 10 10 10 10 --continuous 4 --noise 124
     python infogan.py --generate runs/.../checkpoint.pt --category 3 --code 1.5 0 --out threes.png
@@ -25,13 +25,13 @@ The script measures the claims: L_I beside its ceiling H(c) (figure 1), the test
 first category as a classifier (section 7.2: 5 % error), and what each continuous code does to the
 digit (figure 2). Labels are used in that measurement and nowhere else.
 
-As in the authors' code (openai/InfoGAN), L_I is in D's loss too, so that the trunk that D and Q share
-learns from it, and Q is on D's optimiser. As in the paper and not in that code: variances of Q are
-learned, the continuous codes have the smaller lambda, the leaky slope is 0.1. Departures:
+As in the authors' code (openai/InfoGAN), L_I is in D's loss too, so that the trunk that D and Q
+share learns from it, and Q is on D's optimiser. As in the paper and not in that code: the variances
+of Q are learned, the continuous codes have the smaller lambda, the leaky slope is 0.1. Departures:
 
 - D and Q see every image shifted by up to 2 pixels and rotated by up to 9 degrees. Without it a
-  category tends to swallow two digits or to split one: in a prototype the accuracy after 1,500 updates
-  was 0.74 and 0.82 (seeds 0 and 1), with it 0.91 and 0.94. --shift 0 --rotate 0 is the paper.
+  category tends to swallow two digits or to split one: in a prototype the accuracy after 1,500
+  updates was 0.74 and 0.82 (seeds 0 and 1), with it 0.91 and 0.94. The paper: --shift 0 --rotate 0.
 - Noise is normal and images end in a tanh; the code has uniform noise and a sigmoid (the paper is
   silent), and with its other settings stood at 0.72 where this stood at 0.80 (prototype, seed 1).
 - Layers before batch norm have no biases: the norm would take them out again.
@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import importlib
 import importlib.util
 import io
@@ -64,7 +65,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import nn
 from torchvision import datasets
@@ -87,21 +88,10 @@ def arguments():
     """The paper's settings as flags, beside those that every script has."""
     parser = run_arguments("InfoGAN (Chen et al. 2016): a GAN whose codes come to mean something.")
     add = parser.add_argument_group("InfoGAN").add_argument
-    add(
-        "--categorical",
-        type=at_least(2, high=10**4),
-        nargs="*",
-        default=[10],
-        metavar="K",
-        help="sizes (10)",
-    )
-    add(
-        "--continuous",
-        type=at_least(0, high=10**4),
-        default=2,
-        help="number of continuous codes (2)",
-    )
-    add("--noise", type=at_least(0, high=10**4), default=62, help="number of noise values (62)")
+    sizes, count = at_least(2, high=10**4), at_least(0, high=10**4)
+    add("--categorical", type=sizes, nargs="*", default=[10], metavar="K", help="sizes (10)")
+    add("--continuous", type=count, default=2, help="number of continuous codes (2)")
+    add("--noise", type=count, default=62, help="number of noise values (62)")
     add("--lambda-categorical", type=at_least(0, float), default=1.0, help="weight of L_I (1)")
     add("--lambda-continuous", type=at_least(0, float), default=0.1, help="weight of L_I (0.1)")
     add("--unit-variance", action="store_true", help="Q's Gaussians have variance 1, not learned")
@@ -147,7 +137,7 @@ def up(inputs, outputs, bias=True):
 
 
 class Flatten(nn.Module):
-    """Flattens in the order row, column, channel: that of channels-last memory, so nothing moves."""
+    """Flattens by row, column, channel: the order of channels-last memory, so nothing moves."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1).flatten(1)
@@ -171,19 +161,20 @@ class Generator(nn.Module):
         super().__init__()
         self.latent = latent
         inputs = latent.noise + sum(latent.categorical) + latent.continuous
+        relu = nn.ReLU(inplace=True)
         if channels == 1:
             layers = [
-                nn.Linear(inputs, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
-                nn.Linear(1024, 6272, bias=False), nn.BatchNorm1d(6272), nn.ReLU(inplace=True),
-                Unflatten(7), up(128, 64, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1024, bias=False), nn.BatchNorm1d(1024), relu,
+                nn.Linear(1024, 6272, bias=False), nn.BatchNorm1d(6272), relu,
+                Unflatten(7), up(128, 64, bias=False), nn.BatchNorm2d(64), relu,
                 up(64, 1), nn.Tanh(),
             ]  # fmt: skip
         else:
             layers = [
-                nn.Linear(inputs, 1792, bias=False), nn.BatchNorm1d(1792), nn.ReLU(inplace=True),
-                Unflatten(2), up(448, 256, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
-                up(256, 128), nn.ReLU(inplace=True),
-                up(128, 64), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 1792, bias=False), nn.BatchNorm1d(1792), relu,
+                Unflatten(2), up(448, 256, bias=False), nn.BatchNorm2d(256), relu,
+                up(256, 128), relu,
+                up(128, 64), relu,
                 up(64, 3), nn.Tanh(),
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers).apply(initialise)
@@ -198,28 +189,29 @@ class Discriminator(nn.Module):
 
     def __init__(self, latent, channels, unit_variance=False):
         super().__init__()
+        # without running averages: real and generated images would mix in them
+        norm1d = functools.partial(nn.BatchNorm1d, track_running_stats=False)
+        norm2d = functools.partial(nn.BatchNorm2d, track_running_stats=False)
+        leaky = nn.LeakyReLU(0.1, inplace=True)
         if channels == 1:
             features, layers = 1024, [
-                down(1, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
+                down(1, 64), leaky,
+                down(64, 128, bias=False), norm2d(128), leaky,
                 Flatten(),
-                nn.Linear(6272, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.1, inplace=True),
+                nn.Linear(6272, 1024, bias=False), norm1d(1024), leaky,
             ]  # fmt: skip
         else:
             features, layers = 4096, [
-                down(3, 64), nn.LeakyReLU(0.1, inplace=True),
-                down(64, 128, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1, inplace=True),
-                down(128, 256, bias=False), nn.BatchNorm2d(256), nn.LeakyReLU(0.1, inplace=True),
+                down(3, 64), leaky,
+                down(64, 128, bias=False), norm2d(128), leaky,
+                down(128, 256, bias=False), norm2d(256), leaky,
                 Flatten(),
             ]  # fmt: skip
         outputs = sum(latent.categorical) + latent.continuous * (1 if unit_variance else 2)
         self.trunk = nn.ModuleList(layers)
         self.score = nn.Linear(features, 1)
         self.q = nn.Sequential(
-            nn.Linear(features, 128, bias=False),
-            nn.BatchNorm1d(128),
-            nn.LeakyReLU(0.1, inplace=True),
-            nn.Linear(128, outputs),
+            nn.Linear(features, 128, bias=False), norm1d(128), leaky, nn.Linear(128, outputs)
         )
         self.apply(initialise)
 
@@ -402,18 +394,14 @@ def load_generator(path, device="cpu"):
     return generator.eval().requires_grad_(False).to(device)
 
 
-def generate(args):
+def generate(args, path):
     """--generate: a grid of a hundred images with the codes asked for."""
     generator = load_generator(args.generate, choose_device(args.device))
-    images = sample(generator, 100, args.category, args.code, args.seed)
-    try:
-        save_image(images, args.out or "grid.png", nrow=10)
-    except (KeyError, ValueError) as error:  # a format that Pillow does not write
-        raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
+    save_image(sample(generator, 100, args.category, args.code, args.seed), path, nrow=10)
 
 
 def save_samples(model, path):
-    """Ten rows of fixed noise; the columns are the categories of the first code, where there is one."""
+    """Ten rows of fixed noise; columns are the categories of the first code, if there is one."""
     generator, sizes = model.generator, model.latent.categorical
     if sizes:
         images = sweep(generator, "categorical", 0, range(sizes[0])).flatten(0, 1)
@@ -465,21 +453,18 @@ def save_curves(model, path, rows):
 def evaluate(model, data):
     """L_I on 2,000 new images beside its ceiling, and the test accuracy of Q's first category.
 
-    Both with the statistics of batches of about 500, as in training: the running averages of D mix
-    real images with generated ones and mislead Q (0.918 for 0.976 after one of our runs).
+    Both with batch norm by the statistics of batches of about 500: running averages, which mix real
+    images with generated ones, mislead Q (0.918 for 0.976 after one of our runs).
     """
     g, d, latent = model.generator, model.discriminator, model.latent
     noise, category, code = latent.sample(2000, *device_and_rng(g, 2))
     batches = zip(noise.split(500), category.split(500), code.split(500))
     accuracy, k = None, latent.categorical[0] if latent.categorical else 0
-    with batch_statistics(d):
-        q = torch.cat([d.q(d(g(*batch))) for batch in batches])
-        if k == len(data.classes) and len(data.test) > 1:
-            batches = data.test.tensor_split(max(1, len(data.test) // 500))
-            found = torch.cat(
-                [d.q(d(normalise(images)))[:, :k].argmax(dim=1) for images in batches]
-            )
-            accuracy = matched_accuracy(found, data.test_labels, k)
+    q = torch.cat([d.q(d(g(*batch))) for batch in batches])
+    if k == len(data.classes) and len(data.test) > 1:
+        batches = map(normalise, data.test.tensor_split(max(1, len(data.test) // 500)))
+        found = torch.cat([d.q(d(images))[:, :k].argmax(dim=1) for images in batches])
+        accuracy = matched_accuracy(found, data.test_labels, k)
     nll = torch.stack(info_loss_reference(q, category, code, latent.categorical)).tolist()
     entropy = latent.entropy()
     # with variance 1 the best Q still pays log(2 pi) / 2 a code
@@ -491,17 +476,6 @@ def evaluate(model, data):
         "mi_continuous_max": ceiling if model.args.unit_variance else None,
         "accuracy": accuracy,
     }
-
-
-@contextlib.contextmanager
-def batch_statistics(network):
-    """Batch norm by each batch's own statistics, leaving the running averages as they are."""
-    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False
-    yield
-    for norm in norms:
-        norm.training, norm.track_running_stats = False, True
 
 
 def matched_accuracy(category, label, k):
@@ -545,11 +519,9 @@ def digit_shape(images):
 
 def mean_rho(values):
     """Spearman's rho between each row of values (rows, points) and its index, averaged."""
-    ranks = rankdata(values.cpu().numpy(), axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    index = np.arange(ranks.shape[1]) - (ranks.shape[1] - 1) / 2
-    norm = np.sqrt((ranks**2).sum(axis=1) * (index**2).sum())
-    return float(np.mean(ranks @ index / np.maximum(norm, 1e-9)))  # 0 for a constant row
+    rows = values.cpu().numpy()
+    index = range(rows.shape[1])
+    return float(np.mean([spearmanr(row, index).statistic if np.ptp(row) else 0 for row in rows]))
 
 
 def finish(model, folder, rows):
@@ -628,6 +600,12 @@ def read_arguments(parser, argv):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {given}: the run has {kept[name]}; leave the flag out")
     return args, state
+
+
+def picture_path(out):
+    if Path(out or "grid.png").suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UsageError(f"--out {out}: a picture's name ends in .png or .jpg, like grid.png")
+    return out or "grid.png"
 
 
 def choose_device(name):
@@ -817,21 +795,22 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
-        if dist.is_initialized() and last:
-            dist.barrier()
-        self.data = load_data(args, self.device)
-        if dist.is_initialized() and not last:
-            dist.barrier()
-        args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+        turn = 0 if self.rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        for now in range(3):  # rank 0 chooses the set, and of each machine one process downloads it
+            if now == turn:
+                self.data = load_data(args, self.device)
+                args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+            args.dataset = gather(args.dataset)[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
         if args.batch_size % self.world or args.batch_size < 2 * self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
-                             "number of processes, with two images or more for each")  # fmt: skip
+            raise UsageError(
+                f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the number "
+                "of processes, with two images or more for each"
+            )
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -839,11 +818,12 @@ class Run:
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
         self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.folder = Path(args.out or "runs")
+        self.folder = None if state is None else Path(args.out)
         if state is not None:
             self.restore(state)
         elif self.rank == 0:
             self.folder = create_run(args)
+        self.folder = gather(self.folder)[0]
         self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
@@ -856,9 +836,9 @@ class Run:
             return None
         if self.rank == 0:
             (self.folder / "summary.json").unlink(missing_ok=True)
-            self.say(f"{self.data.name}, {len(self.data.train):,} images, {self.device}, "
+            self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
-        caught, stop, order, size = [], False, None, self.model.images_per_step
+        caught, stop, order, size = [], None, None, self.model.images_per_step
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
         hidden = True if self.rank else None  # None: shown on a terminal
@@ -890,7 +870,7 @@ class Run:
         if stop:
             self.say(f"stopped at update {self.step}; to go on: python {SCRIPT}.py "
                      f"--resume {self.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
-            return caught[0]
+            return stop
         self.finish()
         return None
 
@@ -900,14 +880,10 @@ class Run:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
 
     def stopped(self, caught):
-        """Whether a signal came; several processes have to agree, which they do now and then."""
-        if self.world > 1:
-            if self.step % 10:
-                return False
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, caught[:1])
-            caught[:] = [number for numbers in everyone for number in numbers]
-        return bool(caught)
+        """The signal that came to one of the processes, which ask each other now and then."""
+        if self.world > 1 and self.step % 10:
+            return None
+        return next((number for numbers in gather(caught) for number in numbers), None)
 
     def close(self):
         """Lets another process at the run's folder."""
@@ -927,16 +903,16 @@ class Run:
 
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        what, step = "loss", self.bad_step.item()
         networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
-        values = (value for part in networks for value in part.state_dict().values())
-        if not step and not all(value.isfinite().all() for value in values):
-            what, step = "weight", self.step  # the next loss would show it, but after the save
-        if step:
+        values = [value for part in networks for value in part.state_dict().values()]
+        good = torch.stack([value.isfinite().all() for value in values]).all()
+        # bad weights would show in the next loss, but after the save
+        bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
+        if step := min(filter(None, gather(bad_step.item())), default=0):
             last = self.folder / "checkpoint.pt"
+            how = f"--resume {last}, the last good state" if last.exists() else "start again"
             raise UsageError(
-                f"a {what} is nan or infinite at update {step}; lower the learning rates, and "
-                + (f"--resume {last}, the last good state" if last.exists() else "start again")
+                f"a loss or weight is nan or infinite at update {step}; lower the rates, and {how}"
             )
 
     def log(self, measured=None):
@@ -1168,6 +1144,14 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def gather(value):
+    """The value of each process, in the order of their ranks; they wait for each other."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mine(tensor, dim=0):
     """This process's share, along dim, of a batch that every process has drawn alike."""
     rank, world = processes()
@@ -1198,7 +1182,7 @@ def main(argv=None):
     try:
         args, state = read_arguments(arguments(), argv)
         if args.generate:
-            return generate(args)
+            return generate(args, picture_path(args.out))
         if dist.is_torchelastic_launched():
             dist.init_process_group()
         with contextlib.closing(Run(args, state)) as run:

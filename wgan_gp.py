@@ -6,7 +6,7 @@
 
 Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville 2017, https://arxiv.org/abs/1704.00028
 
-    python wgan_gp.py                         # MNIST; scikit-learn's digits where it is out of reach
+    python wgan_gp.py                         # MNIST, or scikit-learn's digits if out of reach
     python wgan_gp.py --dataset 8gaussians    # figure 1: also 25gaussians, swissroll
     python wgan_gp.py --dataset 8gaussians --clip 0.01    # the original WGAN, beside it
     python wgan_gp.py --dataset folder --data-dir faces --image-size 64
@@ -14,10 +14,11 @@ Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville 2017, https://arxiv.org/abs/1704
     python wgan_gp.py --generate runs/.../checkpoint.pt --out grid.png
 
 A critic D scores real samples x above generated ones G(z), with a slope of at most 1; the largest
-difference of the mean scores is then the Wasserstein distance of the two distributions, which G makes
-small. The slope is held by a penalty on straight lines between the two (equation 3):
+difference of the mean scores is then the Wasserstein distance of the two distributions, which G
+makes small. The slope is held by a penalty on straight lines between the two (equation 3):
 
-    L = E[D(G(z))] - E[D(x)] + lambda E[(|grad D(x^)|_2 - 1)^2],   x^ = e x + (1 - e) G(z), e ~ U[0, 1]
+    L = E[D(G(z))] - E[D(x)] + lambda E[(|grad D(x^)|_2 - 1)^2]
+    x^ = e x + (1 - e) G(z), e ~ U[0, 1]
 
 Algorithm 1: n_critic = 5 times draw x, z and e, one e a sample, and step D's Adam on L; then draw z
 and step G's Adam on -E[D(G(z))]; lambda = 10, Adam(1e-4, 0, 0.9), no batch norm in D.
@@ -31,8 +32,8 @@ networks and settings follow from the data, and every one has its flag. Departur
 
 - The fake samples of five critic updates come from one pass of G, which does not change in between.
   Where G has batch norm, its statistics are those of the five batches together.
-- Networks for points are narrower and learn faster, at a rate that falls to 0, so that minutes on two
-  cores do: 3,900 updates for 8gaussians. The authors' 100,000 updates are --dim 512 --lr 1e-4
+- Networks for points are narrower and learn faster, at a rate that falls to 0, so that minutes on
+  two cores do: 3,900 updates for 8gaussians. The authors' 100,000 updates are --dim 512 --lr 1e-4
   --decay-steps 0 --epochs 513. Lambda 0.1 and beta1 0.5 are theirs for points.
 - beta1 is the paper's 0 for images; the authors' code for MNIST has 0.5.
 """
@@ -121,7 +122,7 @@ def arguments():
 
 # ------------------------------------------------------------------ networks
 class Flatten(nn.Module):
-    """Flattens in the order row, column, channel: that of channels-last memory, so nothing moves."""
+    """Flattens by row, column, channel: the order of channels-last memory, so nothing moves."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1).flatten(1)
@@ -205,7 +206,8 @@ class Generator(nn.Module):
             layers = [
                 nn.Linear(self.noise, 16 * d), Unflatten(4),
                 *[Residual(d, d, "up", nn.BatchNorm2d) for _ in range(3)],
-                nn.BatchNorm2d(d), nn.ReLU(inplace=True), nn.Conv2d(d, shape[0], 3, padding=1), nn.Tanh(),
+                nn.BatchNorm2d(d), nn.ReLU(inplace=True),
+                nn.Conv2d(d, shape[0], 3, padding=1), nn.Tanh(),
             ]  # fmt: skip
         elif size == 28:
             layers = [
@@ -216,7 +218,8 @@ class Generator(nn.Module):
             ]  # fmt: skip
         else:
             c = d * size // 8
-            layers = [nn.Linear(self.noise, 16 * c), nn.BatchNorm1d(16 * c), nn.ReLU(inplace=True), Unflatten(4)]  # fmt: skip
+            layers = [nn.Linear(self.noise, 16 * c), nn.BatchNorm1d(16 * c)]
+            layers += [nn.ReLU(inplace=True), Unflatten(4)]
             while c > d:
                 layers += [up(c, c // 2), nn.BatchNorm2d(c // 2), nn.ReLU(inplace=True)]
                 c //= 2
@@ -283,7 +286,7 @@ def initialise(layers, points=False):
     return network
 
 
-# ------------------------------------------------------------------ the penalty and the training step
+# ------------------------------------------------------------------ penalty and training step
 def gradient_norms(critic, x, create_graph=False):
     """|d critic(x) / dx|_2 of each sample, (batch,)."""
     with torch.enable_grad():
@@ -406,13 +409,13 @@ def train_step(model, data, index):
 
 
 def scale(data, low):
-    """uint8 images as float32 in (low, 1), channels last as convolutions like them; points as they are."""
+    """uint8 images as float32 in (low, 1), in channels-last memory; points as they are."""
     if data.dtype != torch.uint8:
         return data
     return data.contiguous(memory_format=torch.channels_last).float() * ((1 - low) / 255) + low
 
 
-# ------------------------------------------------------------------ sets of points (section 4.1, figure 1)
+# ------------------------------------------------------------------ sets of points (figure 1)
 def modes(name):
     """Centres (modes, 2) and standard deviation of a mixture of Gaussians, None of another set."""
     if name == "8gaussians":
@@ -442,7 +445,7 @@ def swiss_roll(n):
 # ------------------------------------------------------------------ sampling
 @torch.no_grad()
 def sample(generator, n, seed=0):
-    """n images (n, channels, size, size) in [0, 1], or points (n, 2), of a generator in evaluation mode."""
+    """n images (n, channels, size, size) in [0, 1] or points (n, 2); the generator in eval mode."""
     samples = draw(generator, n, seed)
     return samples if samples.ndim == 2 else (samples - generator.low) / (1 - generator.low)
 
@@ -468,17 +471,13 @@ def load_generator(path, device="cpu"):
     return generator.eval().requires_grad_(False).to(device)
 
 
-def generate(args):
+def generate(args, path):
     """--generate: a grid of a hundred images, or a thousand points."""
-    generator = load_generator(args.generate, choose_device(args.device))
-    try:
-        save_picture(generator, args.out or "grid.png", args.seed)
-    except (KeyError, ValueError) as error:  # a format that Pillow does not write
-        raise UsageError(f"--out {args.out}: {one_line(error)}; name it like grid.png") from error
+    save_picture(load_generator(args.generate, choose_device(args.device)), path, args.seed)
 
 
 def save_picture(generator, path, seed=0, critic=None, real=None):
-    """A hundred images; or a thousand points, with the critic's level sets and real points (figure 1)."""
+    """A hundred images; or a thousand points with the critic's level sets and data (figure 1)."""
     samples = sample(generator, 1000 if generator.low is None else 100, seed)
     if samples.ndim > 2:
         save_image(samples, path, nrow=10)
@@ -496,7 +495,7 @@ def save_picture(generator, path, seed=0, critic=None, real=None):
         axis.plot(*real.T.cpu().numpy(), ".", color="orange", markersize=2, label="data")
     axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))
     axis.legend(loc="upper right")
-    figure.savefig(path, dpi=100, format=Path(path).suffix[1:] or "none")
+    figure.savefig(path, dpi=100)
 
 
 def save_samples(model, path):
@@ -639,6 +638,12 @@ def read_arguments(parser, argv):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {given}: the run has {kept[name]}; leave the flag out")
     return args, state
+
+
+def picture_path(out):
+    if Path(out or "grid.png").suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UsageError(f"--out {out}: a picture's name ends in .png or .jpg, like grid.png")
+    return out or "grid.png"
 
 
 def choose_device(name):
@@ -828,21 +833,22 @@ class Run:
         self.args, self.device = args, choose_device(args.device)
         self.rank, self.world = processes()
         keep_memory()
-        last = os.environ.get("LOCAL_RANK", "0") != "0"  # the first on each machine downloads
-        if dist.is_initialized() and last:
-            dist.barrier()
-        self.data = load_data(args, self.device)
-        if dist.is_initialized() and not last:
-            dist.barrier()
-        args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+        turn = 0 if self.rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        for now in range(3):  # rank 0 chooses the set, and of each machine one process downloads it
+            if now == turn:
+                self.data = load_data(args, self.device)
+                args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
+            args.dataset = gather(args.dataset)[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
         if args.batch_size % self.world or args.batch_size < 2 * self.world:
-            raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the "
-                             "number of processes, with two images or more for each")  # fmt: skip
+            raise UsageError(
+                f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the number "
+                "of processes, with two images or more for each"
+            )
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -850,11 +856,12 @@ class Run:
         self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
         self.count = 0  # of the updates in them
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.folder = Path(args.out or "runs")
+        self.folder = None if state is None else Path(args.out)
         if state is not None:
             self.restore(state)
         elif self.rank == 0:
             self.folder = create_run(args)
+        self.folder = gather(self.folder)[0]
         self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
@@ -867,9 +874,9 @@ class Run:
             return None
         if self.rank == 0:
             (self.folder / "summary.json").unlink(missing_ok=True)
-            self.say(f"{self.data.name}, {len(self.data.train):,} images, {self.device}, "
+            self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
-        caught, stop, order, size = [], False, None, self.model.images_per_step
+        caught, stop, order, size = [], None, None, self.model.images_per_step
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
         hidden = True if self.rank else None  # None: shown on a terminal
@@ -901,7 +908,7 @@ class Run:
         if stop:
             self.say(f"stopped at update {self.step}; to go on: python {SCRIPT}.py "
                      f"--resume {self.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
-            return caught[0]
+            return stop
         self.finish()
         return None
 
@@ -911,14 +918,10 @@ class Run:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
 
     def stopped(self, caught):
-        """Whether a signal came; several processes have to agree, which they do now and then."""
-        if self.world > 1:
-            if self.step % 10:
-                return False
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, caught[:1])
-            caught[:] = [number for numbers in everyone for number in numbers]
-        return bool(caught)
+        """The signal that came to one of the processes, which ask each other now and then."""
+        if self.world > 1 and self.step % 10:
+            return None
+        return next((number for numbers in gather(caught) for number in numbers), None)
 
     def close(self):
         """Lets another process at the run's folder."""
@@ -938,16 +941,16 @@ class Run:
 
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        what, step = "loss", self.bad_step.item()
         networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
-        values = (value for part in networks for value in part.state_dict().values())
-        if not step and not all(value.isfinite().all() for value in values):
-            what, step = "weight", self.step  # the next loss would show it, but after the save
-        if step:
+        values = [value for part in networks for value in part.state_dict().values()]
+        good = torch.stack([value.isfinite().all() for value in values]).all()
+        # bad weights would show in the next loss, but after the save
+        bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
+        if step := min(filter(None, gather(bad_step.item())), default=0):
             last = self.folder / "checkpoint.pt"
+            how = f"--resume {last}, the last good state" if last.exists() else "start again"
             raise UsageError(
-                f"a {what} is nan or infinite at update {step}; lower the learning rates, and "
-                + (f"--resume {last}, the last good state" if last.exists() else "start again")
+                f"a loss or weight is nan or infinite at update {step}; lower the rates, and {how}"
             )
 
     def log(self, measured=None):
@@ -1179,6 +1182,14 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def gather(value):
+    """The value of each process, in the order of their ranks; they wait for each other."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mine(tensor, dim=0):
     """This process's share, along dim, of a batch that every process has drawn alike."""
     rank, world = processes()
@@ -1209,7 +1220,7 @@ def main(argv=None):
     try:
         args, state = read_arguments(arguments(), argv)
         if args.generate:
-            return generate(args)
+            return generate(args, picture_path(args.out))
         if dist.is_torchelastic_launched():
             dist.init_process_group()
         with contextlib.closing(Run(args, state)) as run:

