@@ -606,8 +606,10 @@ def run_arguments(description, image_sizes=(28, 32)):
     add("--dataset", choices=names, default="auto", help="auto: MNIST, or else digits")
     add("--data-dir", default="data", help="where data sets are kept; for folder: the images")
     add("--image-size", type=int, choices=image_sizes, help="for --dataset folder (32)")
-    add("--epochs", type=at_least(1), default=50, help="passes over the training images (50)")
-    add("--batch-size", type=at_least(2), default=128, help="(128)")
+    add(
+        "--epochs", type=at_least(1), default=50, help="passes over the data (50, or what suits it)"
+    )
+    add("--batch-size", type=at_least(2), default=128, help="(128, or what suits the network)")
     add("--max-steps", type=at_least(1), metavar="N", help="end the run after N updates")
     add("--log-every", type=at_least(1), default=100, metavar="N", help="updates a log line (100)")
     add("--seed", type=at_least(0, high=2**32 - 1), default=0, help="(0)")
@@ -1070,8 +1072,13 @@ def create_run(args):
         (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
     except FileExistsError:
         raise UsageError(problem) from None
-    write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
-    write_rows(folder / "metrics.csv", [])
+    try:
+        write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
+        write_rows(folder / "metrics.csv", [])
+    except OSError:
+        (folder / "samples").rmdir()  # or the next try would take it for a run
+        (folder / "config.json").unlink(missing_ok=True)
+        raise
     return folder
 
 
@@ -1124,7 +1131,9 @@ def load_checkpoint(path):
         raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
     if script != SCRIPT:
         raise UsageError(f"{path} is a checkpoint of {script}, not of {SCRIPT}")
-    if missing := {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys():
+    missing = {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys()
+    missing = missing or vars(arguments().parse_args([])).keys() - state["config"].keys()
+    if missing:
         raise UsageError(
             f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
         )

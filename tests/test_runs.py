@@ -526,6 +526,10 @@ def test_bad_checkpoints(flag, script, finished, refused):
     assert "not a whole checkpoint" in refused(flag, "list.pt")
     torch.save({"script": script.SCRIPT, "step": 3}, "part.pt")
     assert "it lacks classes, config" in refused(flag, "part.pt")
+    state = checkpoint(finished)
+    del state["config"]["precision"]
+    torch.save(state, "older.pt")
+    assert "it lacks precision" in refused(flag, "older.pt")
     torch.save({"script": "dcgan"}, "other.pt")
     assert f"a checkpoint of dcgan, not of {script.SCRIPT}" in refused(flag, "other.pt")
     state = checkpoint(finished)
@@ -592,6 +596,16 @@ def test_full_disk_leaves_the_previous_checkpoint(script, finished, capsys, monk
     flags = ("--resume", "run/checkpoint.pt", "--epochs", 3, "--max-steps", 22)
     assert "No space left" in error_of(script, capsys, *flags)
     assert files("run").items() <= before.items() and Path("run/checkpoint.pt").exists()
+
+
+@INFOGAN
+def test_full_disk_at_the_start_leaves_no_run(script, finished, capsys, monkeypatch):
+    flags = small(script, finished, "--out", "run", "--max-steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_rows", lambda *_: Path("nowhere/metrics.csv").write_bytes(b""))
+        assert "No such file" in error_of(script, capsys, *flags)
+    assert files("run") == {}
+    script.main(flags)
 
 
 # ------------------------------------------------------------------ copied alone
