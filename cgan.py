@@ -160,10 +160,7 @@ class ConvGenerator(nn.Module):
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers).apply(initialise)
 
-    @staticmethod
-    def draw(n, device):
-        """Noise: normal."""
-        return torch.randn(n, NOISE, device=device)
+    draw = staticmethod(torch.randn)  # noise: normal
 
     def forward(self, noise, label):
         return self.layers(torch.cat([noise, F.one_hot(label, len(self.classes))], dim=1))
@@ -239,10 +236,7 @@ class MLPGenerator(nn.Module):
         """Sets the output biases so that untrained images are about this one, in [0, 1]."""
         self.pixels.bias.data.copy_(image.flatten().clamp(0.001, 0.999).logit())
 
-    @staticmethod
-    def draw(n, device):
-        """Noise: uniform in the unit hypercube."""
-        return torch.rand(n, NOISE, device=device)
+    draw = staticmethod(torch.rand)  # noise: uniform in the unit hypercube
 
     def forward(self, noise, label):
         label = F.one_hot(label, len(self.classes)).float()
@@ -272,11 +266,11 @@ class MLPDiscriminator(nn.Module):
 def dropout(x, batches=1):
     """x, of one or more batches, with half of its values 0 and the others doubled.
 
-    Every process draws the masks of whole batches and takes its share.
+    In training every process draws the masks of whole batches and takes its share.
     """
-    n = len(x) // batches * processes()[1]
-    keep = mine(torch.rand(batches, n, x.shape[1], device=x.device), dim=1) < 0.5
-    return x * keep.flatten(0, 1) * 2
+    rank, world = processes() if torch.is_grad_enabled() else (0, 1)
+    keep = torch.rand(batches, len(x) // batches * world, x.shape[1], device=x.device) < 0.5
+    return x * keep.chunk(world, dim=1)[rank].flatten(0, 1) * 2
 
 
 class Maxout(nn.Module):
@@ -362,7 +356,7 @@ def train_step(model, data, index):
     Returns the LOSSES as one tensor, in nats.
     """
     g, d = model.generator, model.discriminator
-    noise = mine(g.draw(len(index), index.device))
+    noise = mine(g.draw(len(index), NOISE, device=index.device))
     index = mine(index)
     real, label = normalise(data.train[index]), data.train_labels[index]
     fake = g(noise, label)  # the labels of the real images; one pass serves both updates
@@ -393,7 +387,8 @@ def sample(generator, labels, seed=0):
     images = []
     with own_random_numbers(device, seed):
         for part in torch.as_tensor(labels, device=device).split(500):  # so that memory stays flat
-            images.append(generator(generator.draw(len(part), device), part) / 2 + 0.5)
+            noise = generator.draw(len(part), NOISE, device=device)
+            images.append(generator(noise, part) / 2 + 0.5)
     return torch.cat(images)
 
 
@@ -480,17 +475,14 @@ def parzen(points, samples, sigmas, chunk=100):
     samples, (m, d) = samples.double(), samples.shape
     norms = samples.square().sum(dim=1)
     columns = []
-    bar = tqdm(total=len(points), desc="Parzen window", unit="image", disable=None, leave=False)
-    with bar:
-        for x in points.split(chunk):
-            x = unit(x).double()
-            square = (x.square().sum(dim=1, keepdim=True) + norms - 2 * x @ samples.T).clamp_min(0)
-            windows = [
-                (square / (-2 * s**2)).logsumexp(dim=1) - d * math.log(s * math.sqrt(2 * math.pi))
-                for s in sigmas
-            ]
-            columns.append(torch.stack(windows))
-            bar.update(len(x))
+    for x in tqdm(points.split(chunk), desc="Parzen window", disable=None, leave=False):
+        x = unit(x).double()
+        square = (x.square().sum(dim=1, keepdim=True) + norms - 2 * x @ samples.T).clamp_min(0)
+        windows = [
+            (square / (-2 * s**2)).logsumexp(dim=1) - d * math.log(s * math.sqrt(2 * math.pi))
+            for s in sigmas
+        ]
+        columns.append(torch.stack(windows))
     return torch.cat(columns, dim=1) - math.log(m)
 
 
@@ -684,7 +676,6 @@ def torchvision_set(name, folder):
     """Classes, images and labels of one of torchvision's sets, downloaded where it is not there."""
     kind, tensors = TORCHVISION_SETS[name], []
     key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
-    classes = getattr(kind, "classes", [str(digit) for digit in range(10)])
 
     def read(download):
         return [kind(folder, download=download, **{key: part}) for part in parts]
@@ -698,6 +689,7 @@ def torchvision_set(name, folder):
             )
             raise UsageError(problem) from error
         sets = download(kind, name, folder, read)
+    classes = getattr(sets[0], "classes", [str(digit) for digit in range(10)])  # SVHN has none
     for part in sets:
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images
@@ -896,6 +888,8 @@ class Run:
             args.dataset = gather(args.dataset)[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
+        parts = self.model.parts.values()
+        self.networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
@@ -928,7 +922,10 @@ class Run:
             self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
             return None
         if self.rank == 0:
+            (self.folder / "samples").mkdir(exist_ok=True)
             (self.folder / "summary.json").unlink(missing_ok=True)
+            write_file(self.folder / "config.json", json.dumps(vars(self.args), indent=2).encode())
+            write_rows(self.folder / "metrics.csv", self.rows)
             self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
         caught, stop, order, size = [], None, None, self.model.images_per_step
@@ -954,7 +951,7 @@ class Run:
                     self.save()
                 elif self.step % self.args.log_every == 0:
                     self.log()
-            if self.step % self.epoch_steps:
+            if stop or self.step % self.epoch_steps:
                 self.save()
         finally:
             self.bar.close()
@@ -973,8 +970,8 @@ class Run:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
 
     def stopped(self, caught):
-        """The signal that came to one of the processes, which ask each other now and then."""
-        if self.world > 1 and self.step % 10:
+        """The signal that came to one of the processes; on GPUs they ask each other at times."""
+        if self.world > 1 and self.device.type == "cuda" and self.step % 10:
             return None
         return next((number for numbers in gather(caught) for number in numbers), None)
 
@@ -988,16 +985,9 @@ class Run:
         rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
         return torch.randperm(len(self.data.train), generator=rng).to(self.device)
 
-    def training(self, mode):
-        """Sets every network to training or evaluation mode."""
-        for part in self.model.parts.values():
-            if isinstance(part, nn.Module):
-                part.train(mode)
-
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
-        values = [value for part in networks for value in part.state_dict().values()]
+        values = self.networks.state_dict().values()
         good = torch.stack([value.isfinite().all() for value in values]).all()
         # bad weights would show in the next loss, but after the save
         bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
@@ -1040,10 +1030,10 @@ class Run:
         self.check()
         self.measured = {}
         if self.rank == 0:
-            self.training(False)
+            self.networks.train(False)
             self.measured = evaluate(self.model, self.data)
             save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
-            self.training(True)
+            self.networks.train(True)
         self.log(self.measured)
 
     def save(self):
@@ -1090,7 +1080,7 @@ class Run:
             self.measure()
         if self.rank:
             return
-        self.training(False)
+        self.networks.train(False)
         on_cuda = self.device.type == "cuda"
         summary = {
             "script": SCRIPT,
@@ -1116,22 +1106,11 @@ def keep_memory():
 
 
 def create_run(args):
-    """A new run folder with config.json and an empty metrics.csv."""
+    """The folder of a new run; only a checkpoint makes it the folder of an old one."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    problem = f"--out {folder} holds a run; choose another folder or --resume that one"
-    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
-        raise UsageError(problem)
-    try:
-        (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
-    except FileExistsError:
-        raise UsageError(problem) from None
-    try:
-        write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
-        write_rows(folder / "metrics.csv", [])
-    except OSError:
-        (folder / "samples").rmdir()  # or the next try would take it for a run
-        (folder / "config.json").unlink(missing_ok=True)
-        raise
+    if (folder / "checkpoint.pt").exists():
+        raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -1290,7 +1269,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

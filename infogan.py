@@ -507,10 +507,9 @@ def digit_shape(images):
     at = torch.arange(ink.shape[-1], device=ink.device, dtype=ink.dtype)
     x = at - (ink.sum(dim=1) @ at / mass)[:, None]
     y = at - (ink.sum(dim=2) @ at / mass)[:, None]
-    m_xx, m_yy, m_xy = (
-        torch.einsum("nyx,n" + a + ",n" + b + "->n", ink, u, v) / mass
-        for a, u, b, v in (("x", x, "x", x), ("y", y, "y", y), ("y", y, "x", x))
-    )
+    m_xx = (ink.sum(dim=1) * x**2).sum(dim=1) / mass
+    m_yy = (ink.sum(dim=2) * y**2).sum(dim=1) / mass
+    m_xy = torch.einsum("nyx,ny,nx->n", ink, y, x) / mass
     m_yy = m_yy.clamp_min(1e-9)
     upright = (m_xx - m_xy**2 / m_yy).clamp_min(1e-9)
     thickness = mass / (upright * m_yy) ** 0.25
@@ -692,7 +691,6 @@ def torchvision_set(name, folder):
     """Classes, images and labels of one of torchvision's sets, downloaded where it is not there."""
     kind, tensors = TORCHVISION_SETS[name], []
     key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
-    classes = getattr(kind, "classes", [str(digit) for digit in range(10)])
 
     def read(download):
         return [kind(folder, download=download, **{key: part}) for part in parts]
@@ -706,6 +704,7 @@ def torchvision_set(name, folder):
             )
             raise UsageError(problem) from error
         sets = download(kind, name, folder, read)
+    classes = getattr(sets[0], "classes", [str(digit) for digit in range(10)])  # SVHN has none
     for part in sets:
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images
@@ -805,6 +804,8 @@ class Run:
             args.dataset = gather(args.dataset)[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
+        parts = self.model.parts.values()
+        self.networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         size, n = self.model.images_per_step, len(self.data.train)
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
@@ -837,7 +838,10 @@ class Run:
             self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
             return None
         if self.rank == 0:
+            (self.folder / "samples").mkdir(exist_ok=True)
             (self.folder / "summary.json").unlink(missing_ok=True)
+            write_file(self.folder / "config.json", json.dumps(vars(self.args), indent=2).encode())
+            write_rows(self.folder / "metrics.csv", self.rows)
             self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
         caught, stop, order, size = [], None, None, self.model.images_per_step
@@ -863,7 +867,7 @@ class Run:
                     self.save()
                 elif self.step % self.args.log_every == 0:
                     self.log()
-            if self.step % self.epoch_steps:
+            if stop or self.step % self.epoch_steps:
                 self.save()
         finally:
             self.bar.close()
@@ -882,8 +886,8 @@ class Run:
             print(f"{SCRIPT}: {text}", file=file, flush=True)
 
     def stopped(self, caught):
-        """The signal that came to one of the processes, which ask each other now and then."""
-        if self.world > 1 and self.step % 10:
+        """The signal that came to one of the processes; on GPUs they ask each other at times."""
+        if self.world > 1 and self.device.type == "cuda" and self.step % 10:
             return None
         return next((number for numbers in gather(caught) for number in numbers), None)
 
@@ -897,16 +901,9 @@ class Run:
         rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
         return torch.randperm(len(self.data.train), generator=rng).to(self.device)
 
-    def training(self, mode):
-        """Sets every network to training or evaluation mode."""
-        for part in self.model.parts.values():
-            if isinstance(part, nn.Module):
-                part.train(mode)
-
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        networks = [part for part in self.model.parts.values() if isinstance(part, nn.Module)]
-        values = [value for part in networks for value in part.state_dict().values()]
+        values = self.networks.state_dict().values()
         good = torch.stack([value.isfinite().all() for value in values]).all()
         # bad weights would show in the next loss, but after the save
         bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
@@ -949,10 +946,10 @@ class Run:
         self.check()
         self.measured = {}
         if self.rank == 0:
-            self.training(False)
+            self.networks.train(False)
             self.measured = evaluate(self.model, self.data)
             save_samples(self.model, self.folder / "samples" / f"{self.step:07d}.png")
-            self.training(True)
+            self.networks.train(True)
         self.log(self.measured)
 
     def save(self):
@@ -999,7 +996,7 @@ class Run:
             self.measure()
         if self.rank:
             return
-        self.training(False)
+        self.networks.train(False)
         on_cuda = self.device.type == "cuda"
         summary = {
             "script": SCRIPT,
@@ -1025,22 +1022,11 @@ def keep_memory():
 
 
 def create_run(args):
-    """A new run folder with config.json and an empty metrics.csv."""
+    """The folder of a new run; only a checkpoint makes it the folder of an old one."""
     folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    problem = f"--out {folder} holds a run; choose another folder or --resume that one"
-    if any((folder / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt")):
-        raise UsageError(problem)
-    try:
-        (folder / "samples").mkdir(parents=True)  # of two runs at once, one can
-    except FileExistsError:
-        raise UsageError(problem) from None
-    try:
-        write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
-        write_rows(folder / "metrics.csv", [])
-    except OSError:
-        (folder / "samples").rmdir()  # or the next try would take it for a run
-        (folder / "config.json").unlink(missing_ok=True)
-        raise
+    if (folder / "checkpoint.pt").exists():
+        raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -1199,7 +1185,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

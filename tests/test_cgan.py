@@ -86,7 +86,7 @@ def test_mlp_drops_half_of_the_hidden_units_and_g_in_samples_too():
             layer.weight.zero_()
             layer.bias.fill_(1)  # no unit is at rest by itself
         label = torch.arange(50) % 10
-        d(label, g(g.draw(50, "cpu"), label))
+        d(label, g(g.draw(50, 100), label))
     assert [x.shape[1] for x in seen] == [1200, 1200, 290, 240]
     assert all(abs((x == 0).double().mean() - 0.5) < 0.03 for x in seen)
 
@@ -147,7 +147,7 @@ def test_maxout_is_the_largest_of_its_pieces():
 
 def test_noise_is_normal_for_conv_and_in_the_unit_hypercube_for_mlp():
     torch.manual_seed(0)
-    normal, uniform = (cgan.NETWORKS[name][0].draw(1000, "cpu") for name in NETWORKS)
+    normal, uniform = (cgan.NETWORKS[name][0].draw(1000, 100) for name in NETWORKS)
     assert normal.shape == uniform.shape == (1000, 100)
     assert abs(normal.mean()) < 0.01 and abs(normal.std() - 1) < 0.01
     assert uniform.min() >= 0 and uniform.max() <= 1 and abs(uniform.std() - 12**-0.5) < 0.01
@@ -226,7 +226,7 @@ def test_sample_obeys_labels_and_leaves_the_training_draws_alone(name):
     images = cgan.sample(g, [3, 3, 7], seed=2)
     assert torch.equal(torch.rand(3), want)
     torch.manual_seed(2)
-    expected = g(g.draw(3, "cpu"), torch.tensor([3, 3, 7])) / 2 + 0.5
+    expected = g(g.draw(3, 100), torch.tensor([3, 3, 7])) / 2 + 0.5
     assert torch.allclose(images, expected, atol=1e-6)
     assert images.min() >= 0 and images.max() <= 1
     assert not torch.equal(images, cgan.sample(g, [3, 3, 7], seed=3))

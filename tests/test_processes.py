@@ -110,7 +110,7 @@ def test_signal_saves_what_all_processes_have_done():
     _, errors = run.communicate(timeout=100)
     assert "to go on: python wgan_gp.py --resume run/checkpoint.pt" in errors
     state = torch.load("run/checkpoint.pt", weights_only=True)
-    assert state["step"] > 0 and state["step"] % 10 == 0
+    assert state["step"] > 0
 
 
 # ------------------------------------------------------------------ the pieces, in one process
