@@ -334,8 +334,9 @@ def augment(images, args):
     angle, (x, y) = draws[0] * math.radians(args.rotate), draws[1:] * args.shift * 2 / size
     cos, sin = angle.cos(), angle.sin()
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(n, 2, 3)
-    grid = F.affine_grid(affine, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    with torch.autocast(images.device.type, enabled=False):  # coordinates need all their digits
+        grid = F.affine_grid(affine, images.shape, align_corners=False)
+        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
 # ------------------------------------------------------------------ sampling

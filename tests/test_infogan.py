@@ -238,6 +238,9 @@ def test_augmentation_moves_real_and_generated_images_alike():
     assert x.abs().max() < 2.2 and x.abs().max() > 1.5 and abs(x.mean()) < 0.3
     out.sum().backward()
     assert image.grad.abs().sum() > 0
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):  # coordinates keep their digits there too
+        assert torch.equal(infogan.augment(image * 2 - 1, args) / 2 + 0.5, out)
     still = argparse.Namespace(shift=0, rotate=0)
     assert infogan.augment(image, still) is image
 
