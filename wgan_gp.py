@@ -598,10 +598,8 @@ def run_arguments(description, image_sizes=(28, 32)):
     add("--dataset", choices=names, default="auto", help="auto: MNIST, or else digits")
     add("--data-dir", default="data", help="where data sets are kept; for folder: the images")
     add("--image-size", type=int, choices=image_sizes, help="for --dataset folder (32)")
-    add(
-        "--epochs", type=at_least(1), default=50, help="passes over the data (50, or what suits it)"
-    )
-    add("--batch-size", type=at_least(2), default=128, help="(128, or what suits the network)")
+    add("--epochs", type=at_least(1), default=50, help="passes over the data (50, or what suits)")
+    add("--batch-size", type=at_least(2), default=128, help="(128, or what suits)")
     add("--max-steps", type=at_least(1), metavar="N", help="end the run after N updates")
     add("--log-every", type=at_least(1), default=100, metavar="N", help="updates a log line (100)")
     add("--seed", type=at_least(0, high=2**32 - 1), default=0, help="(0)")
