@@ -336,7 +336,8 @@ def augment(images, args):
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(n, 2, 3)
     with torch.autocast(images.device.type, enabled=False):  # coordinates need all their digits
         grid = F.affine_grid(affine, images.shape, align_corners=False)
-        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        images = images.to(grid.dtype)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 # ------------------------------------------------------------------ sampling
