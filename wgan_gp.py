@@ -892,11 +892,14 @@ class Run:
                 self.bad_step = torch.where(bad, self.step, self.bad_step)
                 self.bar.update()
                 if self.step % self.epoch_steps == 0:
+                    self.check()
                     self.measure()
                     self.save()
                 elif self.step % self.args.log_every == 0:
+                    self.check()
                     self.log()
             if stop or self.step % self.epoch_steps:
+                self.check()
                 self.save()
         finally:
             self.bar.close()
@@ -945,7 +948,6 @@ class Run:
 
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""
-        self.check()
         average(self.sums)
         self.seconds = time.perf_counter() - self.started
         measured = measured or {}
@@ -972,7 +974,6 @@ class Run:
 
     def measure(self):
         """Logs the script's own measurements and leaves a picture."""
-        self.check()
         self.measured = {}
         if self.rank == 0:
             self.networks.train(False)
@@ -983,7 +984,6 @@ class Run:
 
     def save(self):
         """Writes all that the run needs to go on as if it had never stopped."""
-        self.check()
         average(self.sums)
         if self.rank:
             return
