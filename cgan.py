@@ -693,8 +693,9 @@ def torchvision_set(name, folder):
         images = images[:, None] if images.ndim == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         labels = torch.as_tensor(part.labels if name == "svhn" else part.targets).long()
-        if len(images) != len(labels) or labels.max() >= len(classes):
-            problem = "the labels are not those of the images; delete the damaged files"
+        whole = 0 < len(images) == len(labels) and labels.max() < len(classes)
+        if not whole or images.shape[1:] not in ((1, 28, 28), (3, 32, 32)):
+            problem = "images and labels do not fit; delete the damaged files"
             raise UsageError(f"can not read {name} in {folder}: {problem}")
         tensors += images.contiguous(), labels
     return classes, *tensors

@@ -480,6 +480,15 @@ def test_labels_that_are_of_other_images(n, refused):
     assert "mnist in data" in refused("--batch-size", 4)
 
 
+@pytest.mark.parametrize("size", [14, 56])
+def test_mnist_of_another_size(size, refused):
+    write_mnist("data")
+    head = b"".join(v.to_bytes(4, "big") for v in (0x803, 40, size, size))
+    images = Path("data/MNIST/raw/train-images-idx3-ubyte")
+    images.write_bytes(head + bytes(40 * size * size))
+    assert "mnist in data" in refused("--batch-size", 4)
+
+
 def test_files_that_are_no_images(refused):
     write_images("pictures")
     Path("pictures/dog/x.jpg").write_text("not an image")
