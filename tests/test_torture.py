@@ -21,21 +21,11 @@ import infogan
 import wgan_gp
 
 LONG = os.environ.get("TORTURE") == "1"
-COMMON = ["--epochs", "4", "--log-every", "2", "--device", "cpu", "--kernels", "reference"]
+COMMON = "--epochs 4 --log-every 2 --device cpu --kernels reference".split()
 TINY = {  # four epochs of five updates
-    wgan_gp: [
-        "--dataset",
-        "8gaussians",
-        "--n-critic",
-        "1",
-        "--batch-size",
-        "50000",
-        "--dim",
-        "4",
-        *COMMON,
-    ],
-    infogan: ["--dataset", "mnist", "--batch-size", "8", *COMMON],
-    cgan: ["--dataset", "mnist", "--batch-size", "8", "--network", "mlp", *COMMON],
+    wgan_gp: "--dataset 8gaussians --n-critic 1 --batch-size 50000 --dim 4".split() + COMMON,
+    infogan: "--dataset mnist --batch-size 8".split() + COMMON,
+    cgan: "--dataset mnist --batch-size 8 --network mlp".split() + COMMON,
 }
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits of Linux")
