@@ -869,7 +869,7 @@ def train_classifier(data, epochs=3, least=150, batch=128):
 
 
 # --- shared: run ---
-PROGRESS = ("step", "seconds", "rows", "sums", "count")
+PROGRESS = ("step", "seconds", "rows", "losses")
 
 
 class Run:
@@ -901,9 +901,7 @@ class Run:
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
         self.rows = []  # of metrics.csv
-        self.sums = torch.zeros(len(LOSSES), device=self.device)  # of the losses since the last row
-        self.count = 0  # of the updates in them
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.losses = torch.zeros(0, len(LOSSES), device=self.device)  # since the last row
         self.folder = None if state is None else Path(args.out)
         if state is not None:
             self.restore(state)
@@ -940,10 +938,8 @@ class Run:
                 if at == 0 or order is None:
                     order = self.shuffled(epoch)
                 losses = take_step(order[at * size : (at + 1) * size])
-                self.step, self.count = self.step + 1, self.count + 1
-                self.sums += losses
-                bad = (self.bad_step == 0) & ~losses.isfinite().all()
-                self.bad_step = torch.where(bad, self.step, self.bad_step)
+                self.losses = torch.cat([self.losses, losses[None]])
+                self.step += 1
                 self.bar.update()
                 if self.step % self.epoch_steps == 0:
                     self.check()
@@ -989,11 +985,13 @@ class Run:
 
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
-        values = self.networks.state_dict().values()
-        good = torch.stack([value.isfinite().all() for value in values]).all()
+        average(self.losses)
+        good = self.losses.isfinite().all(dim=1).tolist()
         # bad weights would show in the next loss, but after the save
-        bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, self.step)
-        if step := min(filter(None, gather(bad_step.item())), default=0):
+        values = self.networks.state_dict().values()
+        good.append(torch.stack([value.isfinite().all() for value in values]).all().item())
+        if not all(good):
+            step = min(self.step - len(self.losses) + 1 + good.index(False), self.step)
             last = self.folder / "checkpoint.pt"
             how = f"--resume {last}, the last good state" if last.exists() else "start again"
             raise UsageError(
@@ -1002,18 +1000,15 @@ class Run:
 
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""
-        average(self.sums)
         self.seconds = time.perf_counter() - self.started
         measured = measured or {}
-        if self.rows and self.rows[-1]["step"] == self.step:
-            row = self.rows.pop()
-        else:
-            means = (self.sums / self.count).tolist()
-            self.sums, self.count = torch.zeros_like(self.sums), 0
+        if len(self.losses):  # or else this update has its row
             row = {"step": self.step, "epoch": -(-self.step // self.epoch_steps)}
-            row |= {"seconds": self.seconds} | dict(zip(LOSSES, means))
+            row |= {"seconds": self.seconds} | dict(zip(LOSSES, self.losses.mean(dim=0).tolist()))
+            self.rows.append(row)
+            self.losses = self.losses[:0]
+        row = self.rows[-1]
         row |= {name: measured.get(name) for name in MEASURED}
-        self.rows.append(row)
         if self.rank:
             return
         write_rows(self.folder / "metrics.csv", self.rows)
@@ -1038,7 +1033,6 @@ class Run:
 
     def save(self):
         """Writes all that the run needs to go on as if it had never stopped."""
-        average(self.sums)
         if self.rank:
             return
         self.seconds = time.perf_counter() - self.started
@@ -1060,7 +1054,7 @@ class Run:
         load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.sums = self.sums.to(self.device)
+        self.losses = self.losses.to(self.device)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])

@@ -92,7 +92,7 @@ def same(a, b):
 
 def weights(folder):
     state = checkpoint(folder)
-    parts = ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "step", "sums")
+    parts = ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "step", "losses")
     return {name: state[name] for name in parts}
 
 
