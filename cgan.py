@@ -925,19 +925,16 @@ class Run:
             write_rows(self.folder / "metrics.csv", self.rows)
             self.say(f"{self.data.name}, {len(self.data.train):,} samples, {self.device}, "
                      f"{self.model.kernels} kernels, {self.folder}")  # fmt: skip
-        caught, stop, order, size = [], None, None, self.model.images_per_step
+        caught, stop = [], None
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
         hidden = True if self.rank else None  # None: shown on a terminal
         self.bar = tqdm(total=self.total, initial=self.step, unit="update", disable=hidden)
         self.started = time.perf_counter() - self.seconds
-        take_step = stepper(self.model, self.data)
+        take_step, batches = stepper(self.model, self.data), self.batches()
         try:
             while self.step < self.total and not (stop := self.stopped(caught)):
-                epoch, at = divmod(self.step, self.epoch_steps)
-                if at == 0 or order is None:
-                    order = self.shuffled(epoch)
-                losses = take_step(order[at * size : (at + 1) * size])
+                losses = take_step(next(batches))
                 self.losses = torch.cat([self.losses, losses[None]])
                 self.step += 1
                 self.bar.update()
@@ -978,10 +975,13 @@ class Run:
         if self.lock is not None:
             os.close(self.lock)
 
-    def shuffled(self, epoch):
-        """A permutation of the training images that depends on the seed and the epoch alone."""
-        rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
-        return torch.randperm(len(self.data.train), generator=rng).to(self.device)
+    def batches(self):
+        """The next updates' images by number; their order depends on seed and epoch alone."""
+        while True:
+            epoch, at = divmod(self.step, self.epoch_steps)
+            rng = torch.Generator().manual_seed(self.args.seed * 2**20 + epoch)
+            order = torch.randperm(len(self.data.train), generator=rng).to(self.device)
+            yield from order.split(self.model.images_per_step)[at : self.epoch_steps]
 
     def check(self):
         """Ends a run that has gone bad; reads the device, so only at rows and saves."""
