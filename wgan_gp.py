@@ -858,13 +858,10 @@ class Run:
         self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
-        """Trains to the end, with a checkpoint at each epoch.
-
-        Ctrl-C and SIGTERM save and end it: then the signal's number is returned.
-        """
+        """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and exit."""
         if self.step >= self.total and (self.folder / "summary.json").exists():
             self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
-            return None
+            return
         if self.rank == 0:
             (self.folder / "samples").mkdir(exist_ok=True)
             (self.folder / "summary.json").unlink(missing_ok=True)
@@ -902,9 +899,8 @@ class Run:
         if stop:
             self.say(f"stopped at update {self.step}; to go on: python {SCRIPT}.py "
                      f"--resume {self.folder / 'checkpoint.pt'}", file=sys.stderr)  # fmt: skip
-            return stop
+            raise SystemExit(128 + stop)
         self.finish()
-        return None
 
     def say(self, text, file=None):
         """One line for the user, from the first process alone."""
@@ -1205,7 +1201,7 @@ def main(argv=None):
         if dist.is_torchelastic_launched():
             dist.init_process_group()
         with contextlib.closing(Run(args, state)) as run:
-            number = run.train()
+            run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
@@ -1216,8 +1212,6 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if number:
-        raise SystemExit(128 + number)
 
 
 # --- end shared ---
