@@ -802,7 +802,9 @@ class Run:
             if now == turn:
                 self.data = load_data(args, self.device)
                 args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
-            args.dataset = gather(args.dataset)[0]
+                name = f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+                args.out = args.out or name
+            args.dataset, args.out = gather((args.dataset, args.out))[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
         parts = self.model.parts.values()
@@ -820,12 +822,14 @@ class Run:
         self.step, self.seconds, self.measured = 0, 0.0, None
         self.rows = []  # of metrics.csv
         self.losses = torch.zeros(0, len(LOSSES), device=self.device)  # since the last row
-        self.folder = None if state is None else Path(args.out)
+        self.folder = Path(args.out)
         if state is not None:
             self.restore(state)
-        elif self.rank == 0:
-            self.folder = create_run(args)
-        self.folder = gather(self.folder)[0]
+        elif (self.folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
+            raise UsageError(
+                f"--out {args.out} holds a run; choose another folder or --resume that one"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
@@ -1010,15 +1014,6 @@ def keep_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def create_run(args):
-    """The folder of a new run; only a checkpoint makes it the folder of an old one."""
-    folder = Path(args.out or f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "checkpoint.pt").exists():
-        raise UsageError(f"--out {folder} holds a run; choose another folder or --resume that one")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def lock(folder):
