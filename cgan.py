@@ -593,17 +593,15 @@ def picture_path(out):
 
 
 def choose_device(name):
-    if torch.cuda.is_available() and name != "cpu":
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= there:
-            raise UsageError(
-                f"--device {name}: a process needs a GPU of its own; there are {there}"
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", torch.cuda.current_device())
-    if name == "cuda":
-        raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and there == 0):
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= there:
+        problem = f"a process needs a GPU of its own, and PyTorch finds {there} here"
+        raise UsageError(f"--device {name}: {problem}; use --device cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def choose_kernel(choice, name, reference):
