@@ -686,23 +686,30 @@ def load_data(args, device):
 
 
 def torchvision_set(name, folder):
-    """Classes, images and labels of one of torchvision's sets, downloaded where it is not there."""
-    kind, tensors = TORCHVISION_SETS[name], []
-    key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
-
-    def read(download):
-        return [kind(folder, download=download, **{key: part}) for part in parts]
-
+    """One of torchvision's sets, downloaded where it is not there."""
     try:
-        sets = read(download=False)
+        return read_torchvision(name, folder, download=False)
     except Exception as error:  # torchvision has no error of its own for a damaged file
         if "not found" not in str(error):
-            problem = (
-                f"can not read {name} in {folder} ({one_line(error)}); delete the damaged files"
-            )
-            raise UsageError(problem) from error
-        sets = download(kind, name, folder, read)
+            problem = f"({one_line(error)}); delete the damaged files"
+            raise UsageError(f"can not read {name} in {folder} {problem}") from error
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        raise UsageError(f"--data-dir {folder}: {name} is not there and {home} can not be written")
+    try:
+        reach_network(name)
+        return read_torchvision(name, folder, download=True)
+    except (OSError, RuntimeError) as error:
+        problem = f"{name} is not in {folder} and can not be downloaded ({one_line(error)})"
+        raise Unavailable(problem) from error
+
+
+def read_torchvision(name, folder, download):
+    """Classes, and images and labels of both parts."""
+    key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
+    sets = [TORCHVISION_SETS[name](folder, download=download, **{key: part}) for part in parts]
     classes = getattr(sets[0], "classes", [str(digit) for digit in range(10)])  # SVHN has none
+    tensors = []
     for part in sets:
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images
@@ -710,17 +717,14 @@ def torchvision_set(name, folder):
         labels = torch.as_tensor(part.labels if name == "svhn" else part.targets).long()
         whole = 0 < len(images) == len(labels) and labels.max() < len(classes)
         if not whole or images.shape[1:] not in ((1, 28, 28), (3, 32, 32)):
-            problem = "images and labels do not fit; delete the damaged files"
-            raise UsageError(f"can not read {name} in {folder}: {problem}")
+            raise RuntimeError("images and labels do not fit")
         tensors += images.contiguous(), labels
     return classes, *tensors
 
 
-def download(kind, name, folder, read):
-    """read(download=True), but a network out of reach is noticed within ten seconds."""
-    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
-        raise UsageError(f"--data-dir {folder}: {name} is not there and {home} can not be written")
+def reach_network(name):
+    """Raises OSError where the set can not be downloaded, within ten seconds."""
+    kind = TORCHVISION_SETS[name]
     first = getattr(kind, "resources", [("",)])[0][0]
     urls = [mirror + first for mirror in getattr(kind, "mirrors", ())]
     urls = urls or [kind.split_list["train"][0] if name == "svhn" else kind.url]
@@ -739,13 +743,8 @@ def download(kind, name, folder, read):
     asking = threading.Thread(target=ask, daemon=True)  # a name server can hang without limit
     asking.start()
     asking.join(timeout=9)
-    try:
-        if problems:
-            raise OSError(problems[0])
-        return read(download=True)
-    except (OSError, RuntimeError) as error:
-        reason = f"{name} is not in {folder} and can not be downloaded ({one_line(error)})"
-        raise Unavailable(reason) from error
+    if problems:
+        raise OSError(problems[0])
 
 
 def digits_set():
