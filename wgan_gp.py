@@ -623,8 +623,7 @@ def read_arguments(parser, argv):
         return args, None
     state, folder = load_checkpoint(args.resume), str(Path(args.resume).parent)
     kept = state["config"] | {"out": folder, "resume": args.resume}
-    parser.set_defaults(**kept)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**kept))
     for name in kept.keys() - {"epochs", "max_steps", "device"}:
         if (given := getattr(args, name)) != kept[name]:
             flag = name.replace("_", "-")
@@ -843,6 +842,8 @@ class Run:
                 f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the number "
                 "of processes, with two images or more for each"
             )
+        shape = list(self.data.train.shape[1:])
+        self.data_facts = {"classes": self.data.classes, "shape": shape, "images": n}
         self.epoch_steps = n // size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
         self.step, self.seconds, self.measured = 0, 0.0, None
@@ -982,7 +983,7 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         state = {name: part.state_dict() for name, part in self.model.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS}
-        state |= {"script": SCRIPT, "config": vars(self.args), **self.data_facts()}
+        state |= {"script": SCRIPT, "config": vars(self.args), **self.data_facts}
         state["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -991,7 +992,7 @@ class Run:
         write_file(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, state):
-        if any(state[name] != value for name, value in self.data_facts().items()):
+        if any(state[name] != value for name, value in self.data_facts.items()):
             raise UsageError(
                 f"--data-dir {self.args.data_dir}: the data have changed since the run began"
             )
@@ -1002,14 +1003,6 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        for part in self.model.parts.values():  # load_state_dict moves all but these
-            for group in getattr(part, "param_groups", ()):
-                group |= {k: v.to(self.device) for k, v in group.items() if torch.is_tensor(v)}
-
-    def data_facts(self):
-        """What has to be the same when a run goes on."""
-        images = self.data.train
-        return {"classes": self.data.classes, "shape": [*images.shape[1:]], "images": len(images)}
 
     def finish(self):
         """The closing row, the pictures and summary.json."""
@@ -1106,7 +1099,8 @@ def load_parts(parts, state, path):
         for name, part in parts.items():
             groups = zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ()))
             for saved, own in groups:  # the device may be another
-                saved |= {"capturable": own["capturable"]} if "capturable" in own else {}
+                saved |= {k: v for k, v in own.items() if k == "capturable"}
+                saved |= {k: saved[k].to(v.device) for k, v in own.items() if torch.is_tensor(v)}
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is of another model ({one_line(error)[:200]})") from error
