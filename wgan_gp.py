@@ -797,9 +797,8 @@ def folder_set(folder, size):
         except Exception as error:  # Pillow raises many kinds for a damaged file
             raise UsageError(f"can not read {path} ({one_line(error)}); delete it") from error
         images.append(torch.tensor(np.asarray(image)).view(size, size, -1).permute(2, 0, 1))
-    classes = sorted(set(names))
-    labels = torch.tensor([classes.index(name) for name in names])
-    return classes, *hold_out(torch.stack(images), labels)
+    classes, labels = np.unique(names, return_inverse=True)
+    return classes.tolist(), *hold_out(torch.stack(images), torch.tensor(labels))
 
 
 def hold_out(images, labels):
