@@ -909,7 +909,6 @@ class Run:
                 f"--out {args.out} holds a run; choose another folder or --resume that one"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder) if self.rank == 0 else None
 
     def train(self):
         """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and exit."""
@@ -966,11 +965,6 @@ class Run:
         if self.world > 1 and self.device.type == "cuda" and self.step % 10:
             return None
         return next((number for numbers in gather(caught) for number in numbers), None)
-
-    def close(self):
-        """Lets another process at the run's folder."""
-        if self.lock is not None:
-            os.close(self.lock)
 
     def batches(self):
         """The next updates' images by number; their order depends on seed and epoch alone."""
@@ -1088,18 +1082,19 @@ def keep_memory():
 
 
 def lock(folder):
-    """Keeps other processes from the folder until what this returns is closed."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(f"--out {folder}: another process is at this run; stop it") from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
+    """Keeps other runs from the folder until what this returns is left."""
+    with contextlib.ExitStack() as held:
+        if fcntl is not None and processes()[0] == 0:
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = "another process is at this run; stop it"
+                raise UsageError(f"--out {folder}: {problem}") from None
+            except OSError:  # a file system without locks
+                pass
+        return held.pop_all()
 
 
 def write_file(path, content):
@@ -1238,7 +1233,8 @@ def main(argv=None):
             return generate(args, picture_path(args.out))
         if dist.is_torchelastic_launched():
             dist.init_process_group()
-        with contextlib.closing(Run(args, state)) as run:
+        run = Run(args, state)
+        with lock(run.folder):
             run.train()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
