@@ -1057,12 +1057,11 @@ class Run:
         if self.rank:
             return
         self.networks.train(False)
-        on_cuda = self.device.type == "cuda"
         summary = {
             "script": SCRIPT,
             "dataset": self.data.name,
             "seed": self.args.seed,
-            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "kernels": self.model.kernels,
             "steps": self.step,
             "seconds": self.seconds,
