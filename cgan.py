@@ -890,10 +890,8 @@ class Run:
         if size > n:
             raise UsageError(f"--batch-size {args.batch_size}: {size} an update, but {n} images")
         if args.batch_size % self.world or args.batch_size < 2 * self.world:
-            raise UsageError(
-                f"--batch-size {args.batch_size}: must be a multiple of {self.world}, the number "
-                "of processes, with two images or more for each"
-            )
+            problem = f"needs a multiple of {self.world}, the number of processes, two or more each"
+            raise UsageError(f"--batch-size {args.batch_size}: {problem}")
         shape = list(self.data.train.shape[1:])
         self.data_facts = {"classes": self.data.classes, "shape": shape, "images": n}
         self.epoch_steps = n // size
@@ -905,9 +903,7 @@ class Run:
         if state is not None:
             self.restore(state)
         elif (self.folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
-            raise UsageError(
-                f"--out {args.out} holds a run; choose another folder or --resume that one"
-            )
+            raise UsageError(f"--out {args.out} holds a run; choose another, or --resume that one")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train(self):
@@ -985,9 +981,8 @@ class Run:
             step = min(self.step - len(self.losses) + 1 + good.index(False), self.step)
             last = self.folder / "checkpoint.pt"
             how = f"--resume {last}, the last good state" if last.exists() else "start again"
-            raise UsageError(
-                f"a loss or weight is nan or infinite at update {step}; lower the rates, and {how}"
-            )
+            problem = f"a loss or weight is nan or infinite at update {step}"
+            raise UsageError(f"{problem}; lower the rates, and {how}")
 
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""
@@ -1039,9 +1034,7 @@ class Run:
 
     def restore(self, state):
         if any(state[name] != value for name, value in self.data_facts.items()):
-            raise UsageError(
-                f"--data-dir {self.args.data_dir}: the data have changed since the run began"
-            )
+            raise UsageError(f"--data-dir {self.args.data_dir}: the data have changed meanwhile")
         load_parts(self.model.parts, state, self.args.resume)
         for name in PROGRESS:
             setattr(self, name, state[name])
@@ -1133,9 +1126,8 @@ def load_checkpoint(path):
     missing = {*PROGRESS, "config", "classes", "shape", "images", "rng"} - state.keys()
     missing = missing or vars(arguments().parse_args([])).keys() - state["config"].keys()
     if missing:
-        raise UsageError(
-            f"{path} is not a whole checkpoint (it lacks {', '.join(sorted(missing))})"
-        )
+        names = ", ".join(sorted(missing))
+        raise UsageError(f"{path} is not a whole checkpoint (it lacks {names})")
     return state
 
 
