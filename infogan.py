@@ -666,13 +666,11 @@ class Unavailable(UsageError):
 def load_data(args, device):
     """The data set that the arguments ask for, on the device."""
     name, folder = "mnist" if args.dataset == "auto" else args.dataset, Path(args.data_dir)
+    loaders = {key: functools.partial(torchvision_set, key, folder) for key in TORCHVISION_SETS}
+    loaders["folder"] = functools.partial(folder_set, folder, args.image_size or 32)
+    loaders |= {"digits": digits_set, **SETS}
     try:
-        if name in TORCHVISION_SETS:
-            classes, *tensors = torchvision_set(name, folder)
-        elif name == "folder":
-            classes, *tensors = folder_set(folder, args.image_size or 32)
-        else:
-            classes, *tensors = SETS.get(name, digits_set)()
+        classes, *tensors = loaders[name]()
     except Unavailable as problem:
         if args.dataset != "auto":
             raise
