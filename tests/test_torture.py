@@ -21,12 +21,13 @@ import infogan
 import wgan_gp
 
 LONG = os.environ.get("TORTURE") == "1"
-COMMON = "--epochs 4 --log-every 2 --device cpu --kernels reference".split()
-TINY = {  # four epochs of five updates
-    wgan_gp: "--dataset 8gaussians --n-critic 1 --batch-size 50000 --dim 4".split() + COMMON,
-    infogan: "--dataset mnist --batch-size 8".split() + COMMON,
-    cgan: "--dataset mnist --batch-size 8 --network mlp".split() + COMMON,
+COMMON = "--epochs 4 --log-every 2 --device cpu --kernels reference"
+FLAGS = {  # four epochs of five updates
+    wgan_gp: "--dataset 8gaussians --n-critic 1 --batch-size 50000 --dim 4",
+    infogan: "--dataset mnist --batch-size 8",
+    cgan: "--dataset mnist --batch-size 8 --network mlp",
 }
+TINY = {script: f"{flags} {COMMON}".split() for script, flags in FLAGS.items()}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits of Linux")
 
