@@ -603,14 +603,17 @@ def choose_device(name):
     return torch.device("cuda", local)
 
 
-def choose_kernel(choice, name, reference):
+def choose_kernel(choice, name, reference, device):
     """The operation `name` of gan_kernels, or its reference; and which: "fused" or "reference"."""
     try:
         if choice != "reference":
-            return getattr(importlib.import_module("gan_kernels"), name), "fused"
+            kernels = importlib.import_module("gan_kernels")
+            if device.type == "cuda" and not kernels.has_cuda:
+                raise ImportError("it was built without CUDA")
+            return getattr(kernels, name), "fused"
     except Exception as error:  # a broken extension raises anything, and must be said
         installed = importlib.util.find_spec("gan_kernels") is not None
-        problem = f"does not load ({one_line(error)})" if installed else "is not installed"
+        problem = f"can not be used ({one_line(error)})" if installed else "is not installed"
         if choice == "fused":
             raise UsageError(f"--kernels fused: gan_kernels {problem}") from error
         if installed:
@@ -940,6 +943,7 @@ class Run:
                 self.check()
                 self.save()
         finally:
+            take_step = None  # NCCL would wait for its graph for ever, were there an error
             self.bar.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)

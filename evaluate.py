@@ -213,7 +213,9 @@ def main(argv=None):
         evaluate(arguments().parse_args(argv))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 

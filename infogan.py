@@ -275,7 +275,9 @@ class Model:
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), args.lr_d, **adam)
         names = ("generator", "discriminator", "optimizer_g", "optimizer_d")
         self.parts = {name: getattr(self, name) for name in names}
-        self.info_loss, self.kernels = choose_kernel(args.kernels, "info_loss", info_loss_reference)
+        self.info_loss, self.kernels = choose_kernel(
+            args.kernels, "info_loss", info_loss_reference, device
+        )
 
 
 def latent_of(args):
@@ -352,7 +354,7 @@ def sample(generator, n, category=None, code=None, seed=0):
     noise, c, k = latent.sample(n, *device_and_rng(generator, seed))
     if category is not None:
         if len(category) != c.shape[1] or any(
-            v >= size for v, size in zip(category, latent.categorical)
+            not 0 <= v < size for v, size in zip(category, latent.categorical)
         ):
             raise UsageError(
                 f"category {category}: the categorical codes have sizes {latent.categorical}"
@@ -620,14 +622,17 @@ def choose_device(name):
     return torch.device("cuda", local)
 
 
-def choose_kernel(choice, name, reference):
+def choose_kernel(choice, name, reference, device):
     """The operation `name` of gan_kernels, or its reference; and which: "fused" or "reference"."""
     try:
         if choice != "reference":
-            return getattr(importlib.import_module("gan_kernels"), name), "fused"
+            kernels = importlib.import_module("gan_kernels")
+            if device.type == "cuda" and not kernels.has_cuda:
+                raise ImportError("it was built without CUDA")
+            return getattr(kernels, name), "fused"
     except Exception as error:  # a broken extension raises anything, and must be said
         installed = importlib.util.find_spec("gan_kernels") is not None
-        problem = f"does not load ({one_line(error)})" if installed else "is not installed"
+        problem = f"can not be used ({one_line(error)})" if installed else "is not installed"
         if choice == "fused":
             raise UsageError(f"--kernels fused: gan_kernels {problem}") from error
         if installed:
@@ -858,6 +863,7 @@ class Run:
                 self.check()
                 self.save()
         finally:
+            take_step = None  # NCCL would wait for its graph for ever, were there an error
             self.bar.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)

@@ -54,8 +54,8 @@ def cuda_obstacle(nvcc):
 
 
 def default_architectures(nvcc):
-    """Return the architectures from Ampere to Blackwell that this nvcc can compile."""
-    known = ["8.0", "8.6", "9.0"] + (["10.0", "12.0"] if nvcc >= (12, 8) else [])
+    """Return the architectures from Turing to Blackwell that this nvcc can compile."""
+    known = ["7.5", "8.0", "8.6", "9.0"] + (["10.0", "12.0"] if nvcc >= (12, 8) else [])
     return ";".join(known) + "+PTX"
 
 

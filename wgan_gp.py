@@ -316,7 +316,7 @@ class Model:
         names = ("generator", "critic", "optimizer_g", "optimizer_c")
         self.parts = {name: getattr(self, name) for name in names}
         self.gradient_penalty, self.kernels = choose_kernel(
-            args.kernels, "gradient_penalty", gradient_penalty_reference
+            args.kernels, "gradient_penalty", gradient_penalty_reference, device
         )
 
 
@@ -540,7 +540,8 @@ def mode_figures(samples, centres, sigma):
 
     A mode is covered if it has, within three deviations, a tenth of its equal share of all samples.
     """
-    distance, nearest = torch.cdist(samples, centres.to(samples)).min(dim=1)
+    exact = "donot_use_mm_for_euclid_dist"  # matrix products in TF32 err by as much as sigma
+    distance, nearest = torch.cdist(samples, centres.to(samples), compute_mode=exact).min(dim=1)
     good = nearest[distance <= 3 * sigma]
     counts = torch.bincount(good, minlength=len(centres))
     return {
@@ -649,14 +650,17 @@ def choose_device(name):
     return torch.device("cuda", local)
 
 
-def choose_kernel(choice, name, reference):
+def choose_kernel(choice, name, reference, device):
     """The operation `name` of gan_kernels, or its reference; and which: "fused" or "reference"."""
     try:
         if choice != "reference":
-            return getattr(importlib.import_module("gan_kernels"), name), "fused"
+            kernels = importlib.import_module("gan_kernels")
+            if device.type == "cuda" and not kernels.has_cuda:
+                raise ImportError("it was built without CUDA")
+            return getattr(kernels, name), "fused"
     except Exception as error:  # a broken extension raises anything, and must be said
         installed = importlib.util.find_spec("gan_kernels") is not None
-        problem = f"does not load ({one_line(error)})" if installed else "is not installed"
+        problem = f"can not be used ({one_line(error)})" if installed else "is not installed"
         if choice == "fused":
             raise UsageError(f"--kernels fused: gan_kernels {problem}") from error
         if installed:
@@ -887,6 +891,7 @@ class Run:
                 self.check()
                 self.save()
         finally:
+            take_step = None  # NCCL would wait for its graph for ever, were there an error
             self.bar.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)

@@ -125,6 +125,16 @@ def test_bad_checkpoints(capsys):
     refused(capsys)
 
 
+def test_memory_that_does_not_suffice_is_said_in_one_line(capsys, monkeypatch):
+    def greedy(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    write_mnist("data", train=40, test=30)
+    path = trained("run", "--dataset", "mnist")
+    monkeypatch.setattr(evaluate, "load_data", greedy)
+    assert "allocate 2 GiB" in refused(capsys, path)
+
+
 @pytest.mark.parametrize("script", evaluate.SCRIPTS)
 def test_checkpoint_that_lacks_parts_is_refused_in_one_line(script, capsys):
     torch.save({"script": script}, "part.pt")

@@ -326,3 +326,4 @@ def test_cuda_graph_capture():
 def test_build_info_is_one_line():
     text = gan_kernels.build_info()
     assert text.startswith("gan_kernels: CPU (") and "\n" not in text
+    assert gan_kernels.has_cuda == ("; CUDA 1" in text)

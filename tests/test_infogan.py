@@ -262,6 +262,9 @@ def test_sample_obeys_the_codes_asked_for():
     assert not torch.equal(
         images, infogan.sample(generator, 4, category=[3], code=[0.5, -1], seed=1)
     )
+    for category in ([-1], [10], [1, 2]):
+        with pytest.raises(ValueError, match="sizes"):
+            infogan.sample(generator, 4, category=category)
 
 
 def test_sampling_leaves_the_training_draws_alone():

@@ -315,6 +315,17 @@ def test_broken_kernel_is_said(monkeypatch, refused, capsys):
     assert "undefined symbol" in refused(*flags, "--kernels", "fused")
 
 
+def test_kernels_without_cuda_are_not_used_there(monkeypatch, capsys):
+    write_kernels(monkeypatch, f"{WORKING}\nhas_cuda = False")
+    name, reference = "info_loss", infogan.info_loss_reference
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert infogan.choose_kernel("auto", name, reference, cpu)[1] == "fused"
+    assert infogan.choose_kernel("auto", name, reference, cuda) == (reference, "reference")
+    assert "built without CUDA" in capsys.readouterr().err
+    with pytest.raises(infogan.UsageError, match="built without CUDA"):
+        infogan.choose_kernel("fused", name, reference, cuda)
+
+
 # ------------------------------------------------------------------ data
 def write_mnist(folder, train=40, test=10, cut=0):
     """Files in MNIST's own format: big-endian header, then bytes."""

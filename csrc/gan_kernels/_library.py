@@ -18,8 +18,8 @@ if _cpu is None:
     raise ImportError(f"gan_kernels is not built: no compiled library in {Path(__file__).parent}")
 torch.ops.load_library(_cpu)
 # The CUDA library needs libtorch_cuda, which a CPU build of PyTorch does not have.
-_cuda_loaded = _cuda is not None and torch.version.cuda is not None
-if _cuda_loaded:
+has_cuda = _cuda is not None and torch.version.cuda is not None
+if has_cuda:
     torch.ops.load_library(_cuda)
 
 ops = torch.ops.gan_kernels
@@ -28,7 +28,7 @@ ops = torch.ops.gan_kernels
 def build_info():
     """Return in one line what was built: compilers, instruction set in use, CUDA architectures."""
     cpu = ops.cpu_build()
-    if _cuda_loaded:
+    if has_cuda:
         return f"gan_kernels: {cpu}; {ops.cuda_build()}"
     if _cuda is not None:
         return f"gan_kernels: {cpu}; CUDA built, but this PyTorch has none"
