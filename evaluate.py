@@ -42,7 +42,15 @@ from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from infogan import Parser, UsageError, choose_device, load_data, one_line, write_file
+from infogan import (
+    Parser,
+    UsageError,
+    choose_device,
+    load_data,
+    mistakes_in_one_line,
+    one_line,
+    write_file,
+)
 
 SCRIPT = "evaluate"
 SCRIPTS = ("infogan", "cgan", "wgan_gp")
@@ -209,15 +217,8 @@ def save_rows(path, images):
 
 def main(argv=None):
     """Scores the checkpoints; a mistake of the user's ends in one line and exit code 2."""
-    try:
+    with mistakes_in_one_line(SCRIPT):
         evaluate(arguments().parse_args(argv))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (UsageError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def evaluate(args):

@@ -1166,27 +1166,35 @@ def update(optimizer):
     optimizer.step()
 
 
-def main(argv=None):
-    """Runs the script; a mistake of the user's ends in one line on stderr and exit code 2."""
+@contextlib.contextmanager
+def mistakes_in_one_line(script):
+    """Ends a mistake of the user's, or too little memory, in one line on stderr and exit code 2."""
     try:
-        args, state = read_arguments(arguments(), argv)
-        if args.generate:
-            return generate(args, picture_path(args.out))
-        if dist.is_torchelastic_launched():
-            dist.init_process_group()
-        run = Run(args, state)
-        with lock(run.folder):
-            run.train()
+        yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        print(f"{SCRIPT}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{script}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends in one line on stderr and exit code 2."""
+    with mistakes_in_one_line(SCRIPT):
+        args, state = read_arguments(arguments(), argv)
+        if args.generate:
+            return generate(args, picture_path(args.out))
+        try:
+            if dist.is_torchelastic_launched():
+                dist.init_process_group()
+            run = Run(args, state)
+            with lock(run.folder):
+                run.train()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 # --- end shared ---
