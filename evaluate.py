@@ -224,6 +224,7 @@ def main(argv=None):
 def evaluate(args):
     """Draws, measures, and writes the table and the picture."""
     config, generators = read_generators(args.checkpoints)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
     if args.data_dir is not None:
@@ -240,9 +241,9 @@ def evaluate(args):
     for name, (module, path) in generators.items():
         images[name] = draw(module, path, len(held), device)
     rows = {name: scores(classifier, real, part, data.classes) for name, part in images.items()}
+    print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
     write_csv(Path(f"{args.out}.csv"), rows, accuracy)
     save_rows(Path(f"{args.out}.png"), images)
-    print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
 
 
 # ================================================================== plumbing

@@ -56,6 +56,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -592,9 +593,15 @@ def read_arguments(parser, argv):
     if any("\0" in text for text in argv or ()):  # no file has such a name
         raise UsageError("an argument holds a null character; leave it out")
     args = parser.parse_args(argv)
+    for name in ("category", "code", "label"):  # without it a training would begin
+        if getattr(args, name, None) is not None and not args.generate:
+            raise UsageError(f"--{name} is for --generate CHECKPOINT; give both or none")
     if args.resume is None:
         return args, None
     state, folder = load_checkpoint(args.resume), str(Path(args.resume).parent)
+    if Path(args.resume).name != "checkpoint.pt":  # it would replace the folder's own
+        problem = "a run goes on from a file called checkpoint.pt"
+        raise UsageError(f"--resume {args.resume}: {problem}; copy it to a folder of its own")
     kept = state["config"] | {"out": folder, "resume": args.resume}
     args = parser.parse_args(argv, argparse.Namespace(**kept))
     for name in kept.keys() - {"epochs", "max_steps", "device"}:
@@ -767,6 +774,9 @@ def folder_set(folder, size):
     for path in tqdm(paths, desc="reading images", disable=None):
         try:
             with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits, which convert would cut to white
+                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
                 image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))
         except Exception as error:  # Pillow raises many kinds for a damaged file
             raise UsageError(f"can not read {path} ({one_line(error)}); delete it") from error
@@ -800,8 +810,8 @@ class Run:
             if now == turn:
                 self.data = load_data(args, self.device)
                 args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
-                name = f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-                args.out = args.out or name
+                moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+                args.out = args.out or f"runs/{SCRIPT}-{args.dataset}-{moment}"
             args.dataset, args.out = gather((args.dataset, args.out))[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
@@ -823,14 +833,16 @@ class Run:
         self.folder = Path(args.out)
         if state is not None:
             self.restore(state)
-        elif (self.folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
-            raise UsageError(f"--out {args.out} holds a run; choose another, or --resume that one")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train(self):
         """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and exit."""
-        if self.step >= self.total and (self.folder / "summary.json").exists():
-            self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
+        new, folder = self.args.resume is None, self.folder
+        if new and (folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
+            raise UsageError(f"--out {folder} holds a run; choose another, or --resume that one")
+        if self.step >= self.total and (folder / "summary.json").exists():
+            flag = "--max-steps" if self.total == self.args.max_steps else "--epochs"
+            self.say(f"{folder} is finished; a larger {flag} extends it")
             return
         if self.rank == 0:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -902,9 +914,9 @@ class Run:
         if not all(good):
             step = min(self.step - len(self.losses) + 1 + good.index(False), self.step)
             last = self.folder / "checkpoint.pt"
-            how = f"--resume {last}, the last good state" if last.exists() else "start again"
+            kept = f" ({last} is the last good state)" if last.exists() else ""
             problem = f"a loss or weight is nan or infinite at update {step}"
-            raise UsageError(f"{problem}; lower the rates, and {how}")
+            raise UsageError(f"{problem}; start again with lower rates{kept}")
 
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""

@@ -7,7 +7,7 @@
 Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville 2017, https://arxiv.org/abs/1704.00028
 
     python wgan_gp.py                         # MNIST, or scikit-learn's digits if out of reach
-    python wgan_gp.py --dataset 8gaussians    # figure 1: also 25gaussians, swissroll
+    python wgan_gp.py --dataset 8gaussians    # figure 1's sets: also 25gaussians, swissroll
     python wgan_gp.py --dataset 8gaussians --clip 0.01    # the original WGAN, beside it
     python wgan_gp.py --dataset folder --data-dir faces --image-size 64
     python wgan_gp.py --dataset cifar10 --network resnet
@@ -34,7 +34,9 @@ networks and settings follow from the data, and every one has its flag. Departur
   Where G has batch norm, its statistics are those of the five batches together.
 - Networks for points are narrower and learn faster, at a rate that falls to 0, so that minutes on
   two cores do: 3,900 updates for 8gaussians. The authors' 100,000 updates are --dim 512 --lr 1e-4
-  --decay-steps 0 --epochs 513. Lambda 0.1 and beta1 0.5 are theirs for points.
+  --decay-steps 0 --epochs 513. Lambda 0.1 and beta1 0.5 are those of their code for points, where
+  the paper has 10 and 0. For its figure 1 the paper holds G fixed at data plus noise; here G is
+  trained, as in their code, and the share of modes found is our measure.
 - beta1 is the paper's 0 for images; the authors' code for MNIST has 0.5.
 """
 
@@ -57,6 +59,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -365,9 +368,9 @@ def train_step(model, data, index):
     # (n_critic, batch): each process has its share of every update's batch
     index = mine(index.view(args.n_critic, -1), dim=1)
     real = scale(data.train[index.flatten()], g.low)
-    if args.network == "resnet":  # dequantised, as the authors do here
+    if args.network == "resnet":
         noise = torch.rand(args.n_critic, size, *real.shape[1:], device=real.device)
-        real += mine(noise, dim=1).flatten(0, 1) / 128
+        real = dequantise(real, mine(noise, dim=1).flatten(0, 1))
     with torch.no_grad():
         noise = torch.randn(args.n_critic, size, g.noise, device=real.device)
         fake = g(mine(noise, dim=1).flatten(0, 1)).to(real.dtype)
@@ -405,6 +408,11 @@ def scale(data, low):
     if data.dtype != torch.uint8:
         return data
     return data.contiguous(memory_format=torch.channels_last).float() * ((1 - low) / 255) + low
+
+
+def dequantise(images, noise):
+    """Spreads each of 256 grey values over its own part of (-1, 1); noise is uniform in (0, 1)."""
+    return (images + 1) * (255 / 256) - 1 + noise / 128
 
 
 # ------------------------------------------------------------------ sets of points (figure 1)
@@ -524,6 +532,8 @@ def evaluate(model, data):
     n = min(10_000 if low is None else 2000, len(data.test), len(data.train))
     at = torch.arange(n, device=device)
     real = [scale(images[at * len(images) // n], low) for images in (data.train, data.test)]
+    if model.args.network == "resnet":
+        real = [dequantise(x, torch.rand(x.shape, device=device, generator=rng)) for x in real]
     fake = draw(model.generator, n, seed=2)
     train, test, generated = (
         torch.cat([critic(part) for part in x.split(500)]).mean() for x in (*real, fake)
@@ -620,9 +630,15 @@ def read_arguments(parser, argv):
     if any("\0" in text for text in argv or ()):  # no file has such a name
         raise UsageError("an argument holds a null character; leave it out")
     args = parser.parse_args(argv)
+    for name in ("category", "code", "label"):  # without it a training would begin
+        if getattr(args, name, None) is not None and not args.generate:
+            raise UsageError(f"--{name} is for --generate CHECKPOINT; give both or none")
     if args.resume is None:
         return args, None
     state, folder = load_checkpoint(args.resume), str(Path(args.resume).parent)
+    if Path(args.resume).name != "checkpoint.pt":  # it would replace the folder's own
+        problem = "a run goes on from a file called checkpoint.pt"
+        raise UsageError(f"--resume {args.resume}: {problem}; copy it to a folder of its own")
     kept = state["config"] | {"out": folder, "resume": args.resume}
     args = parser.parse_args(argv, argparse.Namespace(**kept))
     for name in kept.keys() - {"epochs", "max_steps", "device"}:
@@ -795,6 +811,9 @@ def folder_set(folder, size):
     for path in tqdm(paths, desc="reading images", disable=None):
         try:
             with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits, which convert would cut to white
+                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
                 image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))
         except Exception as error:  # Pillow raises many kinds for a damaged file
             raise UsageError(f"can not read {path} ({one_line(error)}); delete it") from error
@@ -828,8 +847,8 @@ class Run:
             if now == turn:
                 self.data = load_data(args, self.device)
                 args.dataset = self.data.name  # a run begun with "auto" is resumed on the same set
-                name = f"runs/{SCRIPT}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-                args.out = args.out or name
+                moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+                args.out = args.out or f"runs/{SCRIPT}-{args.dataset}-{moment}"
             args.dataset, args.out = gather((args.dataset, args.out))[0]
         torch.manual_seed(args.seed)
         self.model = Model(args, self.data, self.device)
@@ -851,14 +870,16 @@ class Run:
         self.folder = Path(args.out)
         if state is not None:
             self.restore(state)
-        elif (self.folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
-            raise UsageError(f"--out {args.out} holds a run; choose another, or --resume that one")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train(self):
         """Trains to the end, with a checkpoint at each epoch; Ctrl-C and SIGTERM save and exit."""
-        if self.step >= self.total and (self.folder / "summary.json").exists():
-            self.say(f"{self.folder} is finished; --epochs or --max-steps extends it")
+        new, folder = self.args.resume is None, self.folder
+        if new and (folder / "checkpoint.pt").exists():  # nothing else makes it a run's folder
+            raise UsageError(f"--out {folder} holds a run; choose another, or --resume that one")
+        if self.step >= self.total and (folder / "summary.json").exists():
+            flag = "--max-steps" if self.total == self.args.max_steps else "--epochs"
+            self.say(f"{folder} is finished; a larger {flag} extends it")
             return
         if self.rank == 0:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -930,9 +951,9 @@ class Run:
         if not all(good):
             step = min(self.step - len(self.losses) + 1 + good.index(False), self.step)
             last = self.folder / "checkpoint.pt"
-            how = f"--resume {last}, the last good state" if last.exists() else "start again"
+            kept = f" ({last} is the last good state)" if last.exists() else ""
             problem = f"a loss or weight is nan or infinite at update {step}"
-            raise UsageError(f"{problem}; lower the rates, and {how}")
+            raise UsageError(f"{problem}; start again with lower rates{kept}")
 
     def log(self, measured=None):
         """One row of metrics.csv: the mean losses since the last, and what was measured now."""

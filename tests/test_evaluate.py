@@ -88,9 +88,9 @@ def test_table_of_two_generators(capsys):
     write_mnist("data", train=80, test=60)
     paths = [trained(out, "--dataset", "mnist", "--seed", out[-1]) for out in ("run1", "run2")]
     capsys.readouterr()
-    evaluate.main([*paths, "--out", "both"])
+    evaluate.main([*paths, "--out", "new/both"])
     text = capsys.readouterr().out
-    with open("both.csv", newline="") as file:
+    with open("new/both.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["held-out real", "infogan run1", "infogan run2"]
     for row in rows:
@@ -98,7 +98,7 @@ def test_table_of_two_generators(capsys):
         assert math.isclose(sum(float(row[f"class {name}"]) for name in data_classes()), 1)
         assert row["name"] in text and float(row["frechet"]) >= 0
     assert float(rows[0]["frechet"]) < float(rows[1]["frechet"])  # noise is nearer to noise
-    with Image.open("both.png") as image:
+    with Image.open("new/both.png") as image:
         assert image.size[0] > 500
     assert Path("data/classifier-mnist.pt").exists()
 

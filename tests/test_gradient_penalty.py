@@ -389,6 +389,21 @@ def test_inplace_activation_changes_what_others_see():
     compare(Preactivation().double(), torch.randn(3, 2, 7, 7, dtype=torch.float64), order=3)
 
 
+def test_inplace_activation_of_a_view(device):
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 4, 3), nn.Linear(100, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            y.flatten(1).relu_()
+            return self.last(y.flatten(1))
+
+    critic = Critic().to(device, torch.float64)
+    compare(critic, torch.randn(3, 2, 7, 7, dtype=torch.float64, device=device))
+
+
 class Around(nn.Module):
     """A critic around one operation."""
 

@@ -230,7 +230,7 @@ def test_resume_equals_uninterrupted(finished, stop, capsys):
 def test_finished_run_is_said_to_be_finished(script, finished, capsys):
     before = files(finished)
     script.main(["--resume", str(finished / "checkpoint.pt")])
-    assert "is finished" in capsys.readouterr().out
+    assert "is finished; a larger --epochs extends it" in capsys.readouterr().out
     assert before == files(finished)
 
 
@@ -265,6 +265,38 @@ def test_resume_refuses_other_flags(finished, refused):
     assert "--categorical [5]" in error and "[10]" in error
     assert "--seed 3" in refused("--resume", path, "--seed", 3)
     assert "--out" in refused("--resume", path, "--out", "elsewhere")
+
+
+@INFOGAN
+def test_resume_of_a_copy_leaves_the_later_checkpoint_alone(finished, refused):
+    shutil.copytree(finished, "run")
+    Path("run/best.pt").write_bytes(Path("run/checkpoint.pt").read_bytes())
+    assert "folder of its own" in refused("--resume", "run/best.pt", "--epochs", 50)
+
+
+@INFOGAN
+def test_limit_that_ends_a_run_is_named(finished, capsys):
+    infogan.main(small(infogan, finished, "--out", "run", "--max-steps", "2"))
+    infogan.main(["--resume", "run/checkpoint.pt", "--epochs", "9"])
+    assert "a larger --max-steps extends it" in capsys.readouterr().out
+
+
+@INFOGAN
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(finished):
+    for _ in range(2):
+        infogan.main(small(infogan, finished, "--max-steps", "1"))
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+@INFOGAN
+def test_folder_that_came_to_hold_a_run_meanwhile(finished):
+    args = infogan.arguments().parse_args(small(infogan, finished, "--out", "run"))
+    run = infogan.Run(args)
+    shutil.copytree(finished, "run", dirs_exist_ok=True)
+    before = files("run")
+    with pytest.raises(infogan.UsageError, match="holds a run"):
+        run.train()
+    assert before == files("run")
 
 
 # ------------------------------------------------------------------ drawing from a trained model
@@ -408,6 +440,20 @@ def test_folder_of_images():
     assert grey.train.shape == (8, 1, 28, 28)
 
 
+def test_pictures_on_their_side_and_of_16_bits():
+    Path("pictures").mkdir()
+    half = np.repeat([[0, 255]], 30, axis=0).repeat(15, axis=1).astype(np.uint8)  # right half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be shown a quarter clockwise
+    for i in range(3):
+        Image.fromarray(half).save(f"pictures/{i}.png", exif=exif)
+    Image.fromarray(np.full((30, 30), 40 * 256, dtype=np.uint16)).save("pictures/x.png")
+    data = load("--dataset", "folder", "--data-dir", "pictures", "--batch-size", 2)
+    turned, grey = data.train[0, 0].float(), data.train[-1, 0]
+    assert turned[:10].mean() < 5 and turned[-10:].mean() > 250
+    assert (grey == 40).all()
+
+
 def test_colour_run():
     write_images("pictures", n=24)
     flags = ["--dataset", "folder", "--data-dir", "pictures", "--batch-size", "8"]
@@ -461,6 +507,11 @@ def test_bad_flags(flags, refused):
 )
 def test_bad_flags_of_infogan(flags, refused):
     assert flags[0] in refused("--dataset", "digits", *flags)
+
+
+@INFOGAN
+def test_what_belongs_to_generate_does_not_begin_a_training(refused):
+    assert "--generate" in refused("--dataset", "digits", "--category", 3)
 
 
 @pytest.mark.parametrize("script", [infogan, wgan_gp], ids=lambda s: s.__name__, indirect=True)
@@ -601,7 +652,7 @@ def test_nan_stops_the_run_and_names_the_first_bad_step(
     flags = ("--resume", "run/checkpoint.pt", "--epochs", 3, "--max-steps", last)
     error = error_of(script, capsys, *flags)
     assert f"nan or infinite at update {first_bad};" in error
-    assert "--resume run/checkpoint.pt" in error
+    assert "run/checkpoint.pt is the last good state" in error
     assert same(checkpoint("run"), checkpoint(finished))
 
 

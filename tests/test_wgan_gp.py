@@ -514,3 +514,10 @@ def test_generate(finished, capsys):
 )
 def test_bad_flags(flags, capsys):
     refused(capsys, "--dataset", "digits", *flags)
+
+
+def test_dequantised_grey_values_fill_the_range():
+    grey = torch.arange(256.0)[:, None] * 2 / 255 - 1
+    low, high = (wgan_gp.dequantise(grey, torch.full((256, 1), noise)) for noise in (0.0, 1.0))
+    torch.testing.assert_close(low[1:], high[:-1])
+    torch.testing.assert_close(torch.stack([low[0], high[-1]]), torch.tensor([[-1.0], [1.0]]))

@@ -691,7 +691,8 @@ class Rewritten(TorchFunctionMode):
         if y is NotImplemented:
             return func(*args, **kwargs)
         if func in _PIECEWISE_LINEAR:
-            self.silenced.append(y.grad_fn)
+            # in place on a view, it is the view's base whose node stands in the graph
+            self.silenced.append((y._base if y._is_view() else y).grad_fn)
         else:
             weight = kwargs.get("weight", args[1] if args[1:] else None)
             if isinstance(weight, torch.Tensor):
