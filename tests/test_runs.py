@@ -605,8 +605,8 @@ def test_bad_checkpoints(flag, script, finished, refused):
     assert f"a checkpoint of dcgan, not of {script.SCRIPT}" in refused(flag, "other.pt")
     state = checkpoint(finished)
     state["config"] |= SCRIPTS[script][1]
-    torch.save(state, "model.pt")
-    assert "is of another model" in refused(flag, "model.pt")
+    torch.save(state, "checkpoint.pt")
+    assert "is of another model" in refused(flag, "checkpoint.pt")
 
 
 def test_checkpoint_can_not_run_code(refused):
