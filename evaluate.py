@@ -2,15 +2,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.10", "torchvision", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
-"""One yardstick for the generators of all the image scripts, in the order of the checkpoints.
+"""One yardstick for the trained generators of all the image scripts.
 
     python evaluate.py runs/A/checkpoint.pt runs/B/checkpoint.pt --out scores
 
-writes scores.csv and scores.png (a row of samples of each) and prints the table. Every measure
-compares images with one half of the test set, in the features of a small classifier that is trained
-on the training images and kept beside the data; the table states its test accuracy. The other half
-of the test set is scored like a generator: it is the ceiling, with as many images as each
-generator.
+writes scores.csv and scores.png (a row of samples of each) and prints the table. Results, with n:
+docs/evaluate.md. Every measure compares images with one half of the test set, in the features of a
+small classifier that is trained on the training images; the table states its test accuracy. The
+other half of the test set is scored like a generator: it is the ceiling, with as many images.
 
 - frechet: the Fréchet distance of Gaussians fitted to the features (Heusel et al. 2017,
   https://arxiv.org/abs/1706.08500); 0 is best. It depends on the classifier and on the number of
@@ -31,37 +30,28 @@ import contextlib
 import csv
 import importlib
 import io
+import os
 import sys
-import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from infogan import (
-    Parser,
-    UsageError,
-    choose_device,
-    load_data,
-    mistakes_in_one_line,
-    one_line,
-    write_file,
-)
+from infogan import UsageError, choose_device, load_data, write_file
 
 SCRIPT = "evaluate"
 SCRIPTS = ("infogan", "cgan", "wgan_gp")
 
 
 def arguments():
-    parser = Parser(prog=SCRIPT, description="Scores trained generators on their data set.")
+    parser = argparse.ArgumentParser(SCRIPT, description="Scores trained generators.")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of one data set")
-    parser.add_argument("--data-dir", help="where the data set is (as in the first checkpoint)")
-    parser.add_argument("--out", default="scores", help="scores.csv and scores.png (scores)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    parser.add_argument("--data-dir", help="where the data set is now, if it has moved")
+    parser.add_argument("--out", default="scores", help="for scores.csv and scores.png")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 
 
@@ -131,52 +121,50 @@ def scores(classifier, real, images, classes):
 
 
 # ------------------------------------------------------------------ checkpoints
-def read_checkpoint(path):
-    """The module of the script that wrote a checkpoint, and the checkpoint's state."""
-    try:
-        script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
-    except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # a damaged file raises many kinds
-        raise UsageError(f"{path} is not a whole checkpoint ({one_line(error)[:200]})") from error
-    if script not in SCRIPTS:
-        raise UsageError(f"{path} is not a checkpoint of {', '.join(SCRIPTS)}")
-    module = importlib.import_module(script)
-    try:
-        return module, module.load_checkpoint(path)
-    except ValueError as error:  # each script has a UsageError of its own
-        raise UsageError(one_line(error)) from error
-
-
-def read_generators(paths):
-    """The configuration and classes that all checkpoints share, and {name: (module, path)}."""
+def read_generators(paths, device):
+    """The state of the first checkpoint, and {name: (module, generator)} of them all."""
     found, first = {}, None
     for path in paths:
-        module, state = read_checkpoint(path)
-        kept = (state["config"]["dataset"], state["shape"], state["classes"])
-        first = first or (state["config"], kept)
+        try:
+            script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
+            if script not in SCRIPTS:
+                raise ValueError(f"it is not of {', '.join(SCRIPTS)}")
+            module = importlib.import_module(script)
+            state, generator = module.load_checkpoint(path), module.load_generator(path, device)
+        except Exception as error:  # a damaged file raises many kinds
+            raise UsageError(f"{path} is no whole checkpoint: {error!s:.200}") from error
+        first = first or state
         if len(state["shape"]) != 3:
-            raise UsageError(f"{path} draws points of {kept[0]}, not images")
-        if kept != first[1]:
-            raise UsageError(
-                f"{path} is of {kept[0]}, the first is of {first[1][0]}: score them apart"
-            )
-        name = f"{module.SCRIPT} {Path(path).parent.name}"
-        found[name if name not in found else str(path)] = (module, path)
-    return first[0], found
+            raise UsageError(f"{path} draws points, not images")
+        if any(state[fact] != first[fact] for fact in ("shape", "classes", "images")):
+            raise UsageError(f"{path} is of other data than {paths[0]}: score them apart")
+        name = f"{module.SCRIPT} {Path(path).absolute().parent.name}"
+        found[name if name not in found else str(path)] = module, generator
+    return first, found
 
 
-def draw(module, path, n, device):
-    """n images in [0, 1] of a checkpoint's generator; if conditional, of all classes alike."""
-    try:
-        generator = module.load_generator(path, device)
-    except ValueError as error:
-        raise UsageError(one_line(error)) from error
+def read_data(state, data_dir, device):
+    """The data that a checkpoint's run was trained on, and no other."""
+    config = argparse.Namespace(**state["config"])
+    if data_dir is None and config.dataset != "digits" and not Path(config.data_dir).is_dir():
+        raise UsageError(f"the run's data are no longer in {config.data_dir}: give --data-dir")
+    config.data_dir = data_dir or config.data_dir
+    data = load_data(config, device)
+    facts = {"classes": data.classes, "shape": [*data.train.shape[1:]], "images": len(data.train)}
+    if any(state[name] != fact for name, fact in facts.items()):
+        raise UsageError(f"--data-dir {config.data_dir}: these are not the run's data")
+    if len(data.test) < 20:
+        raise UsageError(f"{data.name} has {len(data.test)} test images; scores need 20 or more")
+    return data
+
+
+def draw(module, generator, n):
+    """n images in [0, 1]; of a conditional generator, of all classes alike."""
     images = []
     for i in range(0, n, 500):
         m = min(500, n - i)
-        which = torch.arange(i, i + m) % len(generator.classes) if module.SCRIPT == "cgan" else m
-        images.append(module.sample(generator, which, seed=1000 + i))
+        what = torch.arange(i, i + m) % len(generator.classes) if module.SCRIPT == "cgan" else m
+        images.append(module.sample(generator, what, seed=1000 + i))
     return torch.cat(images)
 
 
@@ -189,61 +177,62 @@ def table(rows, accuracy):
     for label, row in rows.items():
         cells = [f"{row[name]:9d}" if name == "images" else f"{row[name]:9.3f}" for name in names]
         lines.append(" ".join([f"{label:{wide}}", *cells]))
-    lines.append(f"(classifier: test accuracy {accuracy:.4f})")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"(classifier: test accuracy {accuracy:.4f})"])
 
 
 def write_csv(path, rows, accuracy):
+    rows = [{"name": name, **row, "classifier_accuracy": accuracy} for name, row in rows.items()]
     text = io.StringIO(newline="")
-    first = {"name": "", **next(iter(rows.values())), "classifier_accuracy": 0}
-    writer = csv.DictWriter(text, list(first))
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    for name, row in rows.items():
-        writer.writerow({"name": name, **row, "classifier_accuracy": accuracy})
+    writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 
 def save_rows(path, images):
     """A picture with a row of 16 images for each name in images."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 0.8 * len(images) + 0.2), layout="constrained")
-    for axis, (name, part) in zip(
-        figure.subplots(len(images), 1, squeeze=False)[:, 0], images.items()
-    ):
+    axes = figure.subplots(len(images), 1, squeeze=False)[:, 0]
+    for axis, (name, part) in zip(axes, images.items()):
         axis.imshow(make_grid(part[:16], nrow=16, padding=1).permute(1, 2, 0).cpu().numpy())
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=8, parse_math=False)  # a run's name may hold dollar signs
         axis.axis("off")
     figure.savefig(path, dpi=150)
 
 
-def main(argv=None):
-    """Scores the checkpoints; a mistake of the user's ends in one line and exit code 2."""
-    with mistakes_in_one_line(SCRIPT):
-        evaluate(arguments().parse_args(argv))
-
-
 def evaluate(args):
-    """Draws, measures, and writes the table and the picture."""
-    config, generators = read_generators(args.checkpoints)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    device = choose_device(args.device)
+    """Draws, measures, writes the table and the picture, and then prints the table."""
+    out, device = Path(args.out), choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
-    if args.data_dir is not None:
-        config["data_dir"] = args.data_dir
-    data = load_data(argparse.Namespace(**config), device)
-    if len(data.test) < 20:
-        raise UsageError(f"{data.name} has {len(data.test)} test images; scores need 20 or more")
-    classifier, accuracy = load_classifier(data, Path(config["data_dir"]))
+    state, generators = read_generators(args.checkpoints, device)
+    data = read_data(state, args.data_dir, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    classifier, accuracy = train_classifier(data)
     mixed = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)
     reference, held = (data.test[half] / 255 for half in mixed.chunk(2))
     with torch.no_grad():
         real = torch.cat([classifier(part)[0] for part in reference.split(500)])
     images = {"held-out real": held}
-    for name, (module, path) in generators.items():
-        images[name] = draw(module, path, len(held), device)
+    images |= {name: draw(*found, len(held)) for name, found in generators.items()}
     rows = {name: scores(classifier, real, part, data.classes) for name, part in images.items()}
+    write_csv(Path(f"{out}.csv"), rows, accuracy)
+    save_rows(Path(f"{out}.png"), images)
     print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
-    write_csv(Path(f"{args.out}.csv"), rows, accuracy)
-    save_rows(Path(f"{args.out}.png"), images)
+
+
+def main(argv=None):
+    """Scores the checkpoints; a mistake of the user's ends in a message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    parser = arguments()
+    args = parser.parse_args(argv)
+    try:
+        evaluate(args)
+    except (UsageError, OSError, torch.OutOfMemoryError) as error:
+        parser.exit(2, f"{SCRIPT}: error: {error}\n")
 
 
 # ================================================================== plumbing
@@ -267,6 +256,30 @@ class Classifier(nn.Module):
         return features, self.logits(features)
 
 
+def train_classifier(data, epochs=3, least=150, batch=128):
+    """A classifier trained on the training images, and its accuracy on the test images."""
+    device, n, size = data.train.device, len(data.train), data.train.shape[-1]
+    steps = max(epochs * n // batch, least)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # leaves the run's alone
+        torch.manual_seed(0)
+        classifier = Classifier(data.classes, data.train.shape[1:])
+        classifier.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        padded = F.pad(data.train, (2, 2, 2, 2))  # each batch is moved by up to 2 pixels
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        for _ in tqdm(range(steps), "classifier", leave=False, disable=hidden):
+            index, (y, x) = torch.randint(n, (batch,), device=device), torch.randint(5, (2,))
+            _, logits = classifier(unit(padded[index, :, y : y + size, x : x + size]))
+            loss = F.cross_entropy(logits, data.train_labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    right = classify(classifier.eval(), data.test) == data.test_labels
+    return classifier, right.double().mean().item()
+
+
 @torch.no_grad()
 def classify(classifier, images):
     """The most likely class of each image."""
@@ -278,73 +291,9 @@ def unit(images):
     return images if images.is_floating_point() else images / 255
 
 
-def load_classifier(data, folder):
-    """A classifier trained on the training images, and its accuracy on the test images.
-
-    It is kept in the folder for the next time. One that is there, but damaged or trained on other
-    images, is replaced; a folder that can not be written is no obstacle.
-    """
-    path, images = Path(folder) / f"classifier-{data.name}.pt", 0
-    for tensor in (data.train, data.train_labels, data.test, data.test_labels):
-        images = zlib.crc32(tensor.cpu().numpy(), images)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # where initial weights draw no random numbers
-            classifier = Classifier(data.classes, data.train.shape[1:])
-        classifier.load_state_dict(state["classifier"], assign=True)
-        if state["images"] == images:
-            return classifier.eval().to(data.train.device), float(state["accuracy"])
-    except Exception:  # there is none, or it is damaged, which raises many kinds
-        pass
-    classifier, accuracy = train_classifier(data)
-    state = {"classifier": classifier.state_dict(), "accuracy": accuracy, "images": images}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, buffer.getbuffer())
-    except OSError as error:
-        print(f"{SCRIPT}: the classifier is not kept ({one_line(error)})", file=sys.stderr)
-    return classifier, accuracy
-
-
-@contextlib.contextmanager
-def own_random_numbers(device, seed=0):
-    """Random numbers from a seed of their own; those of the run stay as they are."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def train_classifier(data, epochs=3, least=150, batch=128):
-    """Adam on images moved by up to 2 pixels; the run's own random numbers stay as they are."""
-    device, n, size = data.train.device, len(data.train), data.train.shape[-1]
-    batch = min(batch, n)
-    steps = max(epochs * (n // batch), least)
-    with own_random_numbers(device):
-        classifier = Classifier(data.classes, data.train.shape[1:])
-        classifier.to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-        padded, at = F.pad(data.train, (2, 2, 2, 2)), torch.arange(size, device=device)
-        for step in tqdm(range(steps), desc="classifier", disable=None, leave=False):
-            at_batch = step % (n // batch)
-            if at_batch == 0:
-                order = torch.randperm(n, device=device)
-            index = order[at_batch * batch :][:batch, None]
-            y, x = torch.randint(5, (2, batch, 1), device=device) + at
-            images = padded[index[..., None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
-            loss = F.cross_entropy(classifier(unit(images))[1], data.train_labels[index[:, 0]])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    right = classify(classifier.eval(), data.test) == data.test_labels
-    return classifier, right.double().mean().item()
-
-
 # --- end shared ---
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook asks for its own, which may be missing here
     main()

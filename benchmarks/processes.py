@@ -30,20 +30,21 @@ def measure(name):
     dist.init_process_group()
     script = importlib.import_module(name)
     device = script.choose_device("auto")
-    script.keep_memory()
     torch.manual_seed(0)
     images = torch.randint(256, (1280, 1, 28, 28), dtype=torch.uint8, device=device)
     labels = torch.arange(1280, device=device) % 10
     data = script.Data("random", [*map(str, range(10))], images, labels, images, labels)
     args = script.arguments().parse_args(["--batch-size", str(SCRIPTS[name])])
-    model = script.Model(args, data, device)
-    take_step, index = script.stepper(model, data), torch.arange(model.images_per_step)
-    for step in range(WARM + UPDATES):
-        if step == WARM:
+    script.suit(args, data)
+    model = script.Model(args, data)
+    step = script.stepper(args, model, device)
+    index = torch.arange(model.images_per_step, device=device)[script.RANK :: script.WORLD]
+    for i in range(WARM + UPDATES):
+        if i == WARM:
             dist.barrier()
             started = time.perf_counter()
-        losses = take_step(index.to(device))
-    losses.tolist()  # waits for a GPU
+        losses = step(*model.batch(data, index))
+    [loss.item() for loss in losses.values()]  # waits for a GPU
     if dist.get_rank() == 0:
         print((time.perf_counter() - started) / UPDATES)
     dist.destroy_process_group()

@@ -1,6 +1,8 @@
 """Speed of one whole training update, beside the machine's own matrix-product rate in the same run.
 
     python benchmarks/training.py        # prints the table, writes benchmarks/training-<device>.md
+    python benchmarks/training.py --against ../other   # and another checkout's updates, in turn
+    python benchmarks/training.py --smoke              # three repeats, nothing written
 
 The floating-point operations of an update are counted from the shapes of its matrix products and
 convolutions (torch.utils.flop_counter); the machine's rate is that of a float32 product of two
@@ -10,6 +12,8 @@ captured graph, and as a graph of compiled networks; the profiler counts its ker
 of time they run.
 """
 
+import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -18,20 +22,15 @@ from timing import machine, medians
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import cgan  # noqa: E402
-import infogan  # noqa: E402
-import wgan_gp  # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
 MATRIX, SECONDS = 2048, 40
 # script, kernels: its update with default arguments on 28 x 28 grey images
 ROWS = [
-    (infogan, "fused"),
-    (cgan, "reference"),
-    (wgan_gp, "fused"),
-    (wgan_gp, "reference"),
-    (wgan_gp, "floor"),
+    ("infogan", "fused"),
+    ("cgan", "reference"),
+    ("wgan_gp", "fused"),
+    ("wgan_gp", "reference"),
+    ("wgan_gp", "floor"),
 ]
 GPU_MODES = ("single operations", "graph", "graph, compiled")
 
@@ -48,23 +47,37 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def whole_update(script, kernels, mode, device):
-    """A script's default update on random images: the function, and its images."""
+def load_script(folder, name):
+    """A script of a checkout, under a name that leaves room for the same script of another."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", folder / f"{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def whole_update(script, kernels, mode, images):
+    """A script's default update on these images: the function, and how many of them it takes."""
     flags = ["--kernels", kernels.replace("floor", "reference")]
     args = script.arguments().parse_args(flags + ["--no-graph"] * (mode == GPU_MODES[0]))
     torch.manual_seed(0)
-    images = torch.randint(256, (1280, 1, 28, 28), dtype=torch.uint8, device=device)
-    labels = torch.arange(1280, device=device) % 10
+    labels = torch.arange(len(images), device=images.device) % 10
     data = script.Data("random", [*map(str, range(10))], images, labels, images, labels)
-    model = script.Model(args, data, device)
+    if hasattr(script, "suit"):
+        script.suit(args, data)
+        model = script.Model(args, data)
+        step = script.stepper(args, model, images.device)
+    else:  # the versions up to 23 November 2026
+        model = script.Model(args, data, images.device)
+        step = script.stepper(model, data)
     if kernels == "floor":
         model.gradient_penalty = floor
-    for part in model.parts.values():
-        if mode == GPU_MODES[2] and isinstance(part, torch.nn.Module):
-            part.compile()
-    index = torch.randperm(1280, device=device)[: model.images_per_step]
-    take_step = script.stepper(model, data)
-    return lambda: take_step(index), model.images_per_step
+    for name in ("generator", "discriminator", "critic"):
+        if mode == GPU_MODES[2] and hasattr(model, name):
+            getattr(model, name).compile()
+    index = torch.randperm(len(images), device=images.device)[: model.images_per_step]
+    if hasattr(script, "suit"):
+        return lambda: step(*model.batch(data, index)), model.images_per_step
+    return lambda: step(index), model.images_per_step
 
 
 def kernels_of(update, seconds):
@@ -87,25 +100,35 @@ def floor(critic, x):
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--against", type=Path, metavar="DIR", help="a checkout to time beside it")
+    parser.add_argument("--smoke", action="store_true", help="three repeats, nothing written")
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    infogan.keep_memory()
     a, b = torch.randn(2, MATRIX, MATRIX, device=device)
-    updates, images, operations = {}, {}, {}
-    for script, kernels in ROWS:
-        with Operations() as counter:
-            whole_update(script, kernels, GPU_MODES[0], device)[0]()
-        for mode in GPU_MODES if on_gpu else GPU_MODES[:1]:
-            row = script, kernels, mode
-            updates[row], images[row] = whole_update(*row, device)
-            for _ in range(5):  # a graph is captured in the fourth
-                updates[row]()
-            operations[row] = counter.total
-    times = medians(updates | {"product": lambda: a @ b}, device.type, SECONDS)
+    # as many as MNIST has, since some defaults follow from their number
+    images = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8, device=device)
+    versions = {"this": ROOT} | ({"against": args.against.resolve()} if args.against else {})
+    updates, taken, operations = {}, {}, {}
+    for name, kernels in ROWS:
+        for version, folder in versions.items():
+            script = load_script(folder, name)
+            with Operations() as counter:
+                whole_update(script, kernels, GPU_MODES[0], images)[0]()
+            for mode in GPU_MODES if on_gpu else GPU_MODES[:1]:
+                row = version, name, kernels, mode
+                updates[row], taken[row] = whole_update(script, kernels, mode, images)
+                for _ in range(5):  # a graph is captured in the fourth
+                    updates[row]()
+                operations[row] = counter.total
+    seconds = 0 if args.smoke else SECONDS * len(versions)
+    times = medians(updates | {"product": lambda: a @ b}, device.type, seconds)
     peak = 2 * MATRIX**3 / times["product"]
     gpu_columns = ["as", "kernels launched", "GPU busy"] if on_gpu else []
     columns = ["script", "kernels", "ms an update", "images/s", "GFLOP an update", "GFLOP/s"]
     columns += ["share", "reference / this", *gpu_columns]
+    columns += ["version", "against / this"] if args.against else []
     lines = [
         f"{machine(device.type)}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
         f"float32; matrix products at {peak / 1e9:.0f} GFLOP/s",
@@ -114,14 +137,17 @@ def main():
         "|" + "---|" * len(columns),
     ]
     for row in updates:
-        (script, kernels, mode), time, rate = row, times[row], operations[row] / times[row]
-        reference = times.get((script, "reference", mode)) if script is wgan_gp else None
-        cells = [f"{script.SCRIPT}.py", kernels, f"{time * 1e3:.3g}", f"{images[row] / time:.0f}"]
+        (version, name, kernels, mode), time = row, times[row]
+        rate, reference = operations[row] / time, times.get((version, name, "reference", mode))
+        cells = [f"{name}.py", kernels, f"{time * 1e3:.3g}", f"{taken[row] / time:.0f}"]
         cells += [f"{operations[row] / 1e9:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.2f}"]
-        cells.append(f"{reference / time:.2f}" if reference else "")
+        cells.append(f"{reference / time:.2f}" if reference and name == "wgan_gp" else "")
         if on_gpu:
             launched, busy = kernels_of(updates[row], time)
             cells += [mode, str(launched), f"{busy:.2f}"]
+        if args.against:
+            other = times["against", name, kernels, mode]
+            cells += [version, f"{other / time:.2f}" if version == "this" else ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -131,7 +157,8 @@ def main():
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    Path(__file__).with_name(f"training-{device.type}.md").write_text(text)
+    if not args.smoke:
+        Path(__file__).with_name(f"training-{device.type}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,31 @@
 """What every test needs: the scripts importable, and the devices there are."""
 
+import multiprocessing
+import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+pytest.register_assert_rewrite("helpers")
 
+from helpers import child, no_network  # noqa: E402
+
+torch.set_num_threads(1)  # on a busy machine threads of small tensors wait for each other
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test in a folder of its own, with no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    timeout = socket.getdefaulttimeout()
+    yield
+    socket.setdefaulttimeout(timeout)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
@@ -16,3 +33,21 @@ def device(request):
     """Each test that asks for it runs on the CPU and, where there is one, on a GPU."""
     torch.manual_seed(0)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Starts main(flags) of a script in a process of its own (helpers.child), within moments."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "torchvision", "sklearn.datasets", "scipy.stats", "matplotlib.figure", "pytest"]
+    )  # but no script: what a process is, it learns from the environment when imported
+    forkserver.ensure_running()
+
+    def begin(name, *flags, environment=None, prepare=None, limit=None):
+        command = (name, [str(flag) for flag in flags], environment or {}, prepare, limit)
+        process = context.Process(target=child, args=command)
+        process.start()
+        return process
+
+    return begin

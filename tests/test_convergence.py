@@ -8,37 +8,12 @@ reference's weights.
 import gan_kernels
 import pytest
 import torch
+from helpers import shrink
 from torch import nn
 
 import infogan
 
 STEPS = 100
-
-
-# No bias stands before a batch norm: its gradient is rounding noise alone, which Adam enlarges.
-class SmallGenerator(infogan.Generator):
-    def __init__(self, latent, channels):
-        nn.Module.__init__(self)
-        self.latent = latent
-        inputs = latent.noise + sum(latent.categorical) + latent.continuous
-        self.layers = nn.Sequential(
-            nn.Linear(inputs, 392, bias=False), nn.BatchNorm1d(392), nn.ReLU(True),
-            infogan.Unflatten(7), infogan.up(8, 8), nn.ReLU(True),
-            infogan.up(8, channels), nn.Tanh(),
-        )  # fmt: skip
-
-
-class SmallDiscriminator(infogan.Discriminator):
-    def __init__(self, latent, channels, unit_variance):
-        nn.Module.__init__(self)
-        self.trunk = nn.ModuleList([
-            infogan.down(channels, 8), nn.LeakyReLU(0.1, True),
-            nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.1, True),
-            infogan.Flatten(),
-        ])  # fmt: skip
-        outputs = sum(latent.categorical) + latent.continuous * (1 if unit_variance else 2)
-        self.score = nn.Linear(784, 1)
-        self.q = nn.Sequential(nn.Linear(784, 32), nn.LeakyReLU(0.1), nn.Linear(32, outputs))
 
 
 def infogan_model(kernels, dtype, *flags):
@@ -48,9 +23,7 @@ def infogan_model(kernels, dtype, *flags):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     labels = torch.zeros(64, dtype=torch.int64)
     data = infogan.Data("made", ["0"], images, labels, images, labels)
-    model = infogan.Model(args, data, torch.device("cpu"))
-    model.generator.to(dtype)
-    model.discriminator.to(dtype)
+    model = infogan.Model(args, data).to(dtype)
     wanted = {"fused": gan_kernels.info_loss, "reference": infogan.info_loss_reference}
     assert model.info_loss is wanted[kernels]
     return model, data
@@ -59,7 +32,9 @@ def infogan_model(kernels, dtype, *flags):
 def infogan_step(model, data, step):
     """Return the losses of one update on the step's own images and random numbers."""
     torch.manual_seed(1000 + step)
-    return infogan.train_step(model, data, torch.randperm(64)[: model.args.batch_size])
+    (real,) = model.batch(data, torch.randperm(64)[: model.args.batch_size])
+    losses = infogan.train_step(model, real.to(next(model.parameters()).dtype))
+    return torch.stack([loss.detach() for loss in losses.values()])
 
 
 def weights(*networks):
@@ -76,15 +51,12 @@ def distance(a, b):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(infogan, "Generator", SmallGenerator)
-    monkeypatch.setattr(infogan, "Discriminator", SmallDiscriminator)
+    shrink(infogan, monkeypatch.setattr)
 
 
 @pytest.fixture
-def double(monkeypatch):
-    """Noise, codes and images in float64."""
-    normalise = infogan.normalise
-    monkeypatch.setattr(infogan, "normalise", lambda images: normalise(images).double())
+def double():
+    """Noise and codes in float64."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

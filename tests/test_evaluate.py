@@ -2,23 +2,31 @@
 
 import csv
 import functools
+import importlib
+import io
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SMALL_NETWORKS, refused_by, without_method, write_images
 from PIL import Image
-from test_runs import no_network, refused_by, write_images, write_mnist
 
 import evaluate
-import infogan
+from tools.sync_shared import ROOT
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(infogan.urllib.request, "urlopen", no_network)
+def quick(monkeypatch):
     torch.manual_seed(0)
+    brief = functools.partial(evaluate.train_classifier, epochs=0, least=10)
+    monkeypatch.setattr(evaluate, "train_classifier", brief)
+    for script in evaluate.SCRIPTS:
+        without_method(importlib.import_module(script), patch=monkeypatch.setattr)
 
 
 # ------------------------------------------------------------------ measures
@@ -78,64 +86,113 @@ def test_half_the_modes_are_half_the_coverage():
 
 
 # ------------------------------------------------------------------ whole tables
-def trained(out, *flags):
-    common = ["--max-steps", "2", "--batch-size", "8", "--device", "cpu", "--out", out]
-    infogan.main([*common, "--kernels", "reference", *flags])
+def trained(out, *flags, script="infogan"):
+    """The checkpoint of a run of one update; the last of several --data-dir counts."""
+    common = ["--dataset", "folder", "--data-dir", "pictures", "--max-steps", 1, "--batch-size", 8]
+    common += ["--device", "cpu", "--out", out, *SMALL_NETWORKS[script]]
+    importlib.import_module(script).main([str(flag) for flag in (*common, *flags)])
     return f"{out}/checkpoint.pt"
 
 
-def test_table_of_two_generators(capsys):
-    write_mnist("data", train=80, test=60)
-    paths = [trained(out, "--dataset", "mnist", "--seed", out[-1]) for out in ("run1", "run2")]
-    capsys.readouterr()
-    evaluate.main([*paths, "--out", "new/both"])
-    text = capsys.readouterr().out
-    with open("new/both.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["held-out real", "infogan run1", "infogan run2"]
-    for row in rows:
-        assert int(row["images"]) == 30 and 1 <= float(row["score"]) <= 10
-        assert math.isclose(sum(float(row[f"class {name}"]) for name in data_classes()), 1)
-        assert row["name"] in text and float(row["frechet"]) >= 0
-    assert float(rows[0]["frechet"]) < float(rows[1]["frechet"])  # noise is nearer to noise
-    with Image.open("new/both.png") as image:
-        assert image.size[0] > 500
-    assert Path("data/classifier-mnist.pt").exists()
-
-
-def data_classes():
-    return infogan.datasets.MNIST.classes
+@pytest.fixture
+def run():
+    write_images("pictures", n=150)
+    return trained("run")
 
 
 refused = functools.partial(refused_by, evaluate)
 
 
-def test_bad_checkpoints(capsys):
-    write_mnist("data", train=40, test=30)
-    write_images("pictures", n=24)
-    grey = trained("grey", "--dataset", "mnist")
-    colour = trained("colour", "--dataset", "folder", "--data-dir", "pictures")
-    assert "score them apart" in refused(capsys, grey, colour)
-    assert "no checkpoint" in refused(capsys, "nowhere.pt")
-    Path("cut.pt").write_bytes(Path(grey).read_bytes()[:1000])
-    assert "not a whole checkpoint" in refused(capsys, "cut.pt")
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_of_two_generators(run, capsys):
+    other = trained("a $x_{ and b$", "--seed", 1)  # no formula for matplotlib
+    capsys.readouterr()
+    evaluate.main([run, other, "--out", "new/both"])
+    text = capsys.readouterr().out
+    rows = read_table("new/both.csv")
+    assert [row["name"] for row in rows] == [
+        "held-out real",
+        "infogan run",
+        f"infogan {other[:13]}",
+    ]
+    for row in rows:
+        assert int(row["images"]) == 15 and 1 <= float(row["score"]) <= 2
+        assert math.isclose(float(row["class cat"]) + float(row["class dog"]), 1)
+        assert row["name"] in text and float(row["frechet"]) >= 0
+    assert float(rows[0]["frechet"]) < float(rows[1]["frechet"])  # noise is nearer to noise
+    with Image.open("new/both.png") as image:
+        assert image.size[0] > 500
+
+
+@pytest.mark.parametrize("script", evaluate.SCRIPTS[1:])
+def test_other_scripts_are_scored(script, run):
+    evaluate.main([run, trained(script, script=script)])
+    assert [row["name"] for row in read_table("scores.csv")][2] == f"{script} {script}"
+
+
+def test_data_that_have_moved(run, capsys):
+    evaluate.main([run])
+    before = read_table("scores.csv")
+    shutil.move("pictures", "elsewhere")
+    assert "give --data-dir" in refused(capsys, run)
+    evaluate.main([run, "--data-dir", "elsewhere"])
+    assert read_table("scores.csv") == before
+    write_images("others", n=100)
+    assert "not the run's data" in refused(capsys, run, "--data-dir", "others")
+
+
+def test_streams_of_few_letters_and_none_at_all(run, monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    shutil.copytree("run", "\u732b")
+    monkeypatch.setattr(sys, "stdout", latin)
+    evaluate.main(["\u732b/checkpoint.pt", "--out", "cat"])
+    assert rb"infogan \u732b" in latin.buffer.getvalue()
+    assert read_table("cat.csv")[1]["name"] == "infogan \u732b"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    evaluate.main([run])
+    assert len(read_table("scores.csv")) == 2
+
+
+def test_as_a_command_in_a_notebooks_environment():
+    write_images("pictures", n=150)
+    run = trained("run", script="cgan")
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_backend"}
+    command = [sys.executable, ROOT / "evaluate.py", run, "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "classifier: test accuracy" in done.stdout and Path("scores.png").exists()
+
+
+def test_bad_checkpoints(run, capsys):
+    write_images("few", n=24)
+    few = trained("small", "--data-dir", "few")
+    assert "score them apart" in refused(capsys, run, few)
+    assert "test images" in refused(capsys, few)
+    assert "nowhere.pt is no whole checkpoint" in refused(capsys, "nowhere.pt")
+    Path("cut.pt").write_bytes(Path(run).read_bytes()[:1000])
+    assert "cut.pt is no whole checkpoint" in refused(capsys, "cut.pt")
     torch.save({"script": "os"}, "other.pt")
-    assert "not a checkpoint of" in refused(capsys, "other.pt")
-    assert "test images" in refused(capsys, colour)
+    assert "it is not of" in refused(capsys, "other.pt")
+    state = torch.load(run, weights_only=True)
+    torch.save(state | {"shape": [2]}, "points.pt")
+    assert "points.pt" in refused(capsys, "points.pt")
     refused(capsys)
 
 
-def test_memory_that_does_not_suffice_is_said_in_one_line(capsys, monkeypatch):
+def test_memory_that_does_not_suffice_is_said(run, capsys, monkeypatch):
     def greedy(*_):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    write_mnist("data", train=40, test=30)
-    path = trained("run", "--dataset", "mnist")
     monkeypatch.setattr(evaluate, "load_data", greedy)
-    assert "allocate 2 GiB" in refused(capsys, path)
+    assert "allocate 2 GiB" in refused(capsys, run)
 
 
 @pytest.mark.parametrize("script", evaluate.SCRIPTS)
-def test_checkpoint_that_lacks_parts_is_refused_in_one_line(script, capsys):
+def test_checkpoint_that_lacks_its_weights_is_refused(script, capsys):
     torch.save({"script": script}, "part.pt")
-    assert "not a whole checkpoint" in refused(capsys, "part.pt")
+    assert "no whole checkpoint" in refused(capsys, "part.pt")

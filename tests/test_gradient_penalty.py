@@ -707,6 +707,31 @@ def test_fused_penalty(layout, dtype, device):
     )
 
 
+def test_plain_pytorch_on_a_gpu_without_kernels(monkeypatch):
+    """What a GPU gets for which the library was not built: the same penalty and gradients."""
+    from gan_kernels import _penalty
+
+    critic, x = small_critic()
+    want = plain_penalty(critic, x)
+    monkeypatch.setattr(_penalty, "usable", lambda tensor: False)
+    monkeypatch.setattr(_penalty, "Rewritten", None)
+    got = gradient_penalty(critic, x, return_norms=True)
+    torch.testing.assert_close(got, want)
+    parameters = list(critic.parameters())
+    assert_same_gradients(
+        gradients(got[0], parameters), gradients(want[0], parameters), tolerance=1e-12
+    )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_nan_gradient_stays_visible(order, device):
+    w = torch.tensor([[float("nan"), 1.0]], device=device, requires_grad=True)
+    penalty = gradient_penalty(lambda x: x @ w.T, torch.ones(2, 2, device=device))
+    assert penalty.isnan()
+    (first,) = gradients(penalty, [w], create_graph=order == 2)
+    assert first.isnan().any()
+
+
 def test_huge_row(device):
     g = torch.randn(2, 3_000_017, device=device)
     torch.testing.assert_close(

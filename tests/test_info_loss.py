@@ -1,6 +1,7 @@
 """The fused information loss against the plain one, autograd, and its contract."""
 
 import random
+import warnings
 
 import gan_kernels
 import pytest
@@ -321,6 +322,34 @@ def test_cuda_graph_capture():
         captured, losses_and_gradient(info_loss, q, category, code, sizes), strict=True
     ):
         assert torch.equal(x, y)
+
+
+def test_plain_pytorch_on_a_gpu_without_kernels(monkeypatch):
+    """What a GPU gets for which the library was not built: the same losses and gradients."""
+    from gan_kernels import _info_loss
+
+    for learned in (True, False):
+        arguments = draw(31, [3, 4], 2, "cpu", learned=learned)
+        want = losses_and_gradient(info_loss, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(_info_loss, "usable", lambda tensor: False)
+            patch.setattr(_info_loss, "_forward", None)
+            got = losses_and_gradient(info_loss, *arguments)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_gpu_without_kernels_is_told_once(monkeypatch):
+    from gan_kernels import _library
+
+    monkeypatch.setattr(_library, "has_cuda", False)
+    _library._usable_on_gpu.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch on this GPU: it was built without CUDA"):
+        assert not _library._usable_on_gpu(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _library._usable_on_gpu(0)
+    _library._usable_on_gpu.cache_clear()
 
 
 def test_build_info_is_one_line():

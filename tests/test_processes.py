@@ -1,135 +1,209 @@
-"""Several processes under torchrun, on gloo: the same run as one process, and no hang."""
+"""Several processes, on gloo: averaged gradients, equal weights, resume, and no hang."""
 
-import csv
-import os
-import re
-import signal
+import functools
+import json
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers import (
+    SMALL_NETWORKS,
+    checkpoint,
+    error_of,
+    exit_code,
+    rows,
+    same,
+    weights,
+    without_figures,
+    without_method,
+)
+from torch import nn
 
-import cgan
-import wgan_gp
+from tools.sync_shared import ROOT, SCRIPTS
 
-ROOT = Path(__file__).parent.parent
-TOY = ["--dataset", "8gaussians", "--batch-size", "240", "--log-every", "5", "--device", "cpu"]
+FLAGS = ["--dataset", "digits", "--batch-size", "24", "--log-every", "5", "--device", "cpu"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo on Linux")
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.fixture
+def together(start):
+    """Starts a number of processes of one run, as torchrun does."""
+
+    def begin(world, name, *flags, prepare=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place["WORLD_SIZE"], flags = str(world), [*FLAGS, *SMALL_NETWORKS[name], *flags]
+        return [
+            start(name, *flags, prepare=prepare, environment=place | {"RANK": str(rank)})
+            for rank in range(world)
+        ]
+
+    return begin
 
 
-def torchrun(processes, script, *flags, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    return subprocess.Popen([*command, str(script), *map(str, flags)], **options)
+# ------------------------------------------------------------------ what they do before they start
+class Toy(nn.Module):
+    """A regression by SGD in float64, without noise and batch norm."""
+
+    def __init__(self, args, data):
+        super().__init__()
+        self.args, self.images_per_step, self.kernels = args, args.batch_size, "reference"
+        self.layers = nn.Sequential(nn.Linear(784, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.optimizers = [torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)]
+
+    def batch(self, data, index):
+        return data.train[index].flatten(1).double() / 255, data.train_labels[index].double()
 
 
-def losses(folder, script=wgan_gp):
-    with open(Path(folder) / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return torch.tensor([[float(row[name]) for name in script.LOSSES] for row in rows])
+def toy_step(model, image, label):
+    loss = (model.layers(image).squeeze(1) - label).square().mean()
+    model.optimizers[0].zero_grad()
+    loss.backward()
+    model.optimizers[0].step()
+    return {"loss": loss, "images": torch.tensor(float(len(image)))}
 
 
-def test_processes_give_the_losses_of_one():
-    """With 2 processes, and with 3 and then 2; in float64, where noise is no excuse."""
-    Path("double.py").write_text(
-        "import torch, wgan_gp\ntorch.set_default_dtype(torch.float64)\nwgan_gp.main()\n"
-    )
-    flags = [*TOY, "--epochs", 1]
-    begun = [
-        torchrun(n, "double.py", *flags, "--out", f"run{n}", "--max-steps", steps)
-        for n, steps in ((1, 20), (2, 20), (3, 10))
+def toy(script):
+    script.Model = Toy
+    without_method(script, toy_step)
+
+
+def keep(script):
+    """Each process leaves its parameters and its buffers in a file."""
+    run_updates = script.run_updates
+
+    def kept(args, model, data, state):
+        run_updates(args, model, data, state)
+        tensors = dict(model.named_parameters()), dict(model.named_buffers())
+        torch.save(tensors, f"rank{script.RANK}.pt")
+
+    script.run_updates = kept
+    without_figures(script)
+
+
+def at_update_five(script, act):
+    """The second process has its losses changed, or worse."""
+    step, calls = script.train_step, iter(range(1, 10**6))
+
+    def acting(model, *batch):
+        losses = step(model, *batch)
+        return act(losses) if script.RANK == 1 and next(calls) == 5 else losses
+
+    script.train_step = acting
+
+
+def die(script):
+    at_update_five(script, lambda losses: sys.exit("a fault of the second process"))
+
+
+def spoil(script):
+    at_update_five(script, lambda losses: {k: loss * float("nan") for k, loss in losses.items()})
+
+
+# ------------------------------------------------------------------ the same training
+def test_mean_gradient_of_processes_is_that_of_one_on_the_whole_batch(together):
+    toys = [
+        together(n, "infogan", "--max-steps", 40, "--out", f"run{n}", prepare=f"{__name__}:toy")
+        for n in (1, 2, 3)
     ]
-    assert [process.wait(timeout=300) for process in begun] == [0, 0, 0]
-    again = torchrun(2, "double.py", "--resume", "run3/checkpoint.pt", "--max-steps", 20)
-    assert again.wait(timeout=300) == 0
-    one = losses("run1")
-    assert len(one) == 4 and one.abs().max() > 0.1
-    for n in (2, 3):
-        assert torch.allclose(losses(f"run{n}"), one, rtol=1e-4, atol=1e-4)
+    assert all(exit_code(process) == 0 for toy in toys for process in toy)
+    one, *others = (checkpoint(f"run{n}") for n in (1, 2, 3))
+    assert one["rows"][-1]["loss"] < 0.7 * one["rows"][0]["loss"]  # it trains
+    for n, other in enumerate(others, 2):
+        for name, weight in one["model"].items():
+            assert torch.allclose(other["model"][name], weight, rtol=1e-10, atol=1e-10)
+        for row, wanted in zip(other["rows"], one["rows"], strict=True):
+            assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-10)
+            assert row["images"] == wanted["images"] / n == 24 / n
 
 
-MLP = ["--network", "mlp", "--dataset", "digits", "--log-every", "5", "--device", "cpu"]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_after_20_updates_all_processes_hold_the_same_weights(name, together):
+    run = together(2, name, "--max-steps", 20, "--out", "run", prepare=f"{__name__}:keep")
+    assert [exit_code(process) for process in run] == [0, 0]
+    (first, buffers), (second, others) = (torch.load(f"rank{rank}.pt") for rank in range(2))
+    assert first and same(first, second)
+    assert not same(buffers, others) or not buffers  # batch norm has seen images of its own
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        (wgan_gp, [*TOY, "--max-steps", 20, "--lr", 1e-5]),
-        (cgan, [*MLP, "--max-steps", 10, "--lr-d", 3, "--lr-g", 3]),  # with dropout
-    ],
-)
-def test_processes_give_the_losses_of_one_within_float32_noise(script, flags):
-    begun = [torchrun(n, script.__file__, *flags, "--out", f"run{n}") for n in (1, 2)]
-    assert [process.wait(timeout=300) for process in begun] == [0, 0]
-    one, two = (losses(f"run{n}", script) for n in (1, 2))
-    assert len(one) > 1 and torch.allclose(one, two, rtol=1e-3, atol=1e-3)
+def test_resume_with_as_many_processes_and_with_others(together):
+    """Bit for bit the same with as many."""
+    together = functools.partial(together, prepare=f"{__name__}:keep")
+    whole = together(2, "infogan", "--max-steps", 20, "--out", "whole")
+    begun = together(2, "infogan", "--max-steps", 10, "--out", "run")
+    assert [exit_code(process) for process in [*whole, *begun]] == [0] * 4
+    more = ("--resume", "run/checkpoint.pt", "--max-steps")
+    assert [exit_code(process) for process in together(2, "infogan", *more, 20)] == [0, 0]
+    assert same(weights("run"), weights("whole"))
+    for world, step in ((1, 22), (3, 24)):
+        again = together(world, "infogan", *more, step)
+        assert [exit_code(process) for process in again] == [0] * world
+        assert rows("run")[-1]["step"] == str(step)
+    assert same(torch.load("rank1.pt")[0], torch.load("rank2.pt")[0])
 
 
-@pytest.mark.parametrize("world", [7, 240])
-def test_batch_that_can_not_be_shared_is_refused(world, monkeypatch, capsys):
-    """240 images are no multiple of 7, and one for each of 240 is too few."""
-    monkeypatch.setattr(wgan_gp, "processes", lambda: (0, world))
-    monkeypatch.setattr(wgan_gp, "gather", lambda value: [value])
-    with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([*TOY, "--out", "run"])
-    assert stop.value.code == 2 and f"a multiple of {world}, the" in capsys.readouterr().err
+def test_torchrun(monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(Path.cwd()))  # it leaves a folder there
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    flags = [*FLAGS, "--max-steps", "3", "--continuous", "0", "--categorical", "2", "--out", "run"]
+    subprocess.run([*command, ROOT / "infogan.py", *flags], check=True, timeout=300)
+    assert json.loads(Path("run/summary.json").read_text())["step"] == 3
 
 
-def long_run():
-    """A run of two processes that has trained for a while, and their numbers."""
-    run = torchrun(2, ROOT / "wgan_gp.py", *TOY, "--out", "run", stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not (Path("run/metrics.csv").exists() and len(losses("run")) > 2):
-        assert run.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return run, [int(child) for child in children]
+# ------------------------------------------------------------------ no hang
+def test_process_that_fails_ends_the_others(together):
+    run = together(2, "infogan", "--out", "run", prepare=f"{__name__}:die")
+    assert all(exit_code(process, 100) not in (0, None) for process in run)
+    assert "a fault of the second process" in Path("output.txt").read_text()
+    assert not Path("run/summary.json").exists()
 
 
-def test_process_that_dies_ends_the_run():
-    run, children = long_run()
-    os.kill(children[1], signal.SIGKILL)
-    _, errors = run.communicate(timeout=100)
-    assert run.returncode != 0 and re.search(r"exitcode *: -9|Signal 9|SIGKILL", errors)
+def test_nan_of_one_process_stops_all(together):
+    run = together(2, "infogan", "--out", "run", prepare=f"{__name__}:spoil")
+    assert [exit_code(process, 100) for process in run] == [2, 2]
+    said = Path("output.txt").read_text()
+    assert said.count("infogan: error: nan by update 5;") == 2 and "Traceback" not in said
 
 
-def test_signal_saves_what_all_processes_have_done():
-    run, _ = long_run()
-    run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=100)
-    assert "to go on: python wgan_gp.py --resume run/checkpoint.pt" in errors
-    state = torch.load("run/checkpoint.pt", weights_only=True)
-    assert state["step"] > 0
+def test_first_process_that_is_refused_ends_the_others(together):
+    Path("run").mkdir()
+    Path("run/checkpoint.pt").write_bytes(b"a run")
+    first, second = together(2, "infogan", "--out", "run")
+    assert exit_code(first, 100) == 2 and exit_code(second, 100) not in (0, None)
+    assert "run holds a run" in Path("output.txt").read_text()
 
 
-# ------------------------------------------------------------------ the pieces, in one process
-def test_gradients_are_averaged(monkeypatch):
-    """With another process whose gradients are 3 where ours are 1, a step of SGD goes by 2."""
-    monkeypatch.setattr(wgan_gp, "processes", lambda: (0, 2))
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(4))
-    weights = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
-    unused = torch.zeros(1, requires_grad=True)
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    wgan_gp.update(torch.optim.SGD([*weights, unused], lr=1.0))
-    assert all((weight == -2).all() for weight in weights) and unused == 0
+# ------------------------------------------------------------------ in one process
+@pytest.fixture
+def alone(monkeypatch):
+    """infogan.py in one process that takes itself for one of several, and what it asks of them."""
+    import infogan
+
+    asked = []
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(infogan.dist, name, lambda *args, name=name: asked.append(name))
+    return infogan, asked
 
 
-def test_shares_make_up_the_batch(monkeypatch):
-    batch = torch.arange(24).view(2, 12)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(wgan_gp, "processes", lambda rank=rank: (rank, 3))
-        shares.append(wgan_gp.mine(batch, dim=1))
-    assert torch.equal(torch.cat(shares, dim=1), batch)
+@pytest.mark.parametrize("world", [7, 24])
+def test_batch_that_can_not_be_shared_is_refused(world, alone, capsys, monkeypatch):
+    """24 samples are no multiple of 7, and one for each of 24 is too few."""
+    monkeypatch.setattr(alone[0], "WORLD", world)
+    error = error_of(alone[0], capsys, *FLAGS, "--out", "run")
+    assert "--batch-size 24" in error and f"{world} processes" in error
+
+
+def test_group_is_left_after_success_alone(alone, capsys, monkeypatch):
+    """After an error, leaving it waits for the others."""
+    infogan, asked = alone
+    monkeypatch.setattr(infogan, "WORLD", 2)
+    error_of(infogan, capsys, *FLAGS, "--dataset", "svhn")
+    assert asked == ["init_process_group"]
+    monkeypatch.setattr(infogan, "train", lambda args, state: None)
+    infogan.main(FLAGS)
+    assert asked[1:] == ["destroy_process_group"]

@@ -1,71 +1,212 @@
-"""What several scripts have in common: the marked blocks, word for word."""
+"""The form of the scripts: shared blocks, sizes, a method part to copy, ways to take a step."""
 
-import re
-from pathlib import Path
+import ast
+import contextlib
+import importlib
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import NO_GPU
 
-import cgan
-import infogan
-import wgan_gp
+from tools.sync_shared import BLOCK, ROOT, SCRIPTS
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(ROOT.glob("*.py"))
-BLOCK = re.compile(r"^# --- shared: (\w+) ---\n(.*?)^# --- end shared ---$", re.S | re.M)
+MODULES = [importlib.import_module(script) for script in SCRIPTS]
+EVERY = pytest.mark.parametrize("script", MODULES, ids=SCRIPTS)
 
 
-def blocks(path):
-    text = path.read_text()
-    found = dict(BLOCK.findall(text))
-    assert text.count("# --- shared:") == text.count("# --- end shared") == len(found)
-    return found
+def text_of(script):
+    return (ROOT / f"{script}.py").read_text()
 
 
-@pytest.mark.parametrize("name", ["infogan.py", "cgan.py", "wgan_gp.py"])
-def test_every_script_has_the_shared_blocks_last(name):
-    text = (ROOT / name).read_text()
-    assert {"arguments", "data", "run"} <= blocks(ROOT / name).keys()
-    method, plumbing = text.split("# ====")
-    assert "# --- shared" not in method
-    outside = BLOCK.sub("", plumbing.split("plumbing\n")[1])
-    assert outside.split() == ["if", "__name__", "==", '"__main__":', "main()"]
+# ------------------------------------------------------------------ shared blocks and sizes
+def sync(root, *arguments):
+    command = [sys.executable, root / "tools" / "sync_shared.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_shared_blocks_are_identical_word_for_word():
-    first = {}
-    for path in SCRIPTS:
-        for name, text in blocks(path).items():
-            assert text == first.setdefault(name, text), f"{name} in {path.name}"
-    assert first
+    done = sync(ROOT, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sync_copies_the_blocks_of_the_file_that_was_edited(tmp_path):
+    for path in ("evaluate.py", "tools/sync_shared.py", *(f"{script}.py" for script in SCRIPTS)):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    sync(tmp_path)
+    edited, others = tmp_path / "cgan.py", [tmp_path / "infogan.py", tmp_path / "wgan_gp.py"]
+    edited.write_text(edited.read_text().replace("def load_data(", "def load_all_data("))
+    before = [path.read_text() for path in others]
+    done = sync(tmp_path, "--check")
+    assert done.returncode == 1 and "tools/sync_shared.py FILE" in done.stderr
+    assert done.stdout == "block data: cgan.py differs from infogan.py\n"
+    assert [path.read_text() for path in others] == before  # --check writes nothing
+    assert sync(tmp_path, "cgan.py").returncode == 0
+    assert all("def load_all_data(" in path.read_text() for path in others)
+    assert sync(tmp_path, "--check").returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_blocks_stand_last_and_alone(script):
+    method, plumbing = text_of(script).split("# ====")
+    assert "# --- shared" not in method and "# --- end" not in method
+    names = [block[1] for block in BLOCK.finditer(plumbing)]
+    assert {"arguments", "data", "run"} <= set(names) and len(names) == len(set(names))
+    assert plumbing.count("# --- shared: ") == plumbing.count("# --- end shared ---") == len(names)
+    head, guard = BLOCK.sub("", plumbing).split("if __name__ ==")
+    assert head.strip("= \n") == "plumbing"
+    assert "main()" in guard and "def " not in guard
+
+
+def test_sizes():
+    """The limits of a script that is read beside its paper, in lines of any kind."""
+    blocks = {block[1]: block[2].count("\n") for block in BLOCK.finditer(text_of("infogan"))}
+    assert blocks["arguments"] <= 40 and blocks["data"] <= 82 and blocks["run"] <= 180
+    assert sum(blocks.values()) <= 300
+    lines = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.*") if path.is_file()}
+    assert lines["infogan.py"] <= 800 and lines["cgan.py"] <= 880 and lines["wgan_gp.py"] <= 880
+    assert lines["README.md"] <= 140
+
+
+# ------------------------------------------------------------------ the method part, copied
+def names_in(node):
+    """What a definition may take from outside."""
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    own |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    return {n.id for n in names} - own
+
+
+def defined_by(node):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+
+
+def copied(script, *wanted):
+    """A namespace of the definitions wanted, and of those that they need, alone.
+
+    They must lie in the method part, and need no import but PyTorch and the standard library's.
+    """
+    text, imports, method, plumbing = text_of(script), {}, {}, set()
+    border = text[: text.index("# ====")].count("\n")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports |= {alias.asname or alias.name: (node, alias) for alias in node.names}
+        elif node.lineno > border:
+            plumbing |= defined_by(node)
+        else:
+            method |= dict.fromkeys(defined_by(node), node)
+    needed, found, kept = [*wanted], set(), []
+    while needed:
+        name = needed.pop()
+        if name in found:
+            continue
+        found.add(name)
+        assert name not in plumbing, f"{name} is plumbing"
+        if name in method:
+            kept.append(method[name])
+            needed += names_in(method[name])
+        elif name in imports:
+            node, alias = imports[name]
+            module = getattr(node, "module", None) or alias.name
+            assert module.split(".")[0] in {"torch", "math", "functools", "itertools"}, name
+            kept.append(type(node)(**{**vars(node), "names": [alias]}))
+    kept.sort(key=lambda node: node.lineno)
+    space = {}
+    exec(compile(ast.Module(list(dict.fromkeys(kept)), []), script, "exec", 0, True), space)
+    return SimpleNamespace(**space)
+
+
+def trains(step, networks, *batches):
+    """Whether 20 updates have finite losses and move every layer's weights."""
+    weights = [p for network in networks for p in network.parameters() if p.ndim > 1]
+    before = [p.clone() for p in weights]
+    for batch in itertools.islice(itertools.cycle(batches), 20):
+        losses = step(*batch)
+        assert losses and all(loss.isfinite() for loss in losses.values())
+    return not any(map(torch.equal, before, weights))
+
+
+def images(n=8):
+    torch.manual_seed(0)
+    return torch.rand(n, 1, 28, 28) * 2 - 1
+
+
+def adam(network):
+    return torch.optim.Adam(network.parameters(), 2e-4, betas=(0.5, 0.999))
+
+
+def test_infogan_copied_into_a_notebook():
+    lib = copied("infogan", "train_step", "Generator", "Discriminator", "info_loss_reference")
+    G, D = lib.Generator(), lib.Discriminator()
+    args = Namespace(lambda_categorical=1, lambda_continuous=0.1, shift=2, rotate=9, baseline=False)
+    model = SimpleNamespace(generator=G, discriminator=D, args=args)
+    model.optimizer_g, model.optimizer_d = adam(G), adam(D)
+    model.info_loss = lib.info_loss_reference
+    assert trains(lambda real: lib.train_step(model, real), [G, D], [images()], [-images()])
+
+
+@pytest.mark.parametrize("network", ["Conv", "MLP"])
+def test_cgan_copied_into_a_notebook(network):
+    wanted = [f"{network}Generator", f"{network}Discriminator"]
+    lib = copied("cgan", "train_step", *wanted)
+    G, D = (getattr(lib, name)() for name in wanted)
+    model = SimpleNamespace(generator=G, discriminator=D)
+    model.optimizer_g, model.optimizer_d = adam(G), adam(D)
+    batches = [images(), torch.arange(8)], [-images(), torch.arange(8) // 4]
+    assert trains(lambda *batch: lib.train_step(model, *batch), [G, D], *batches)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (2,)], ids=["images", "points"])
+def test_wgan_gp_copied_into_a_notebook(shape):
+    lib = copied("wgan_gp", "train_step", "Generator", "Critic", "gradient_penalty_reference")
+    G, D = lib.Generator(shape, dim=16), lib.Critic(shape, dim=16)
+    args = Namespace(n_critic=2, gp_weight=10, clip=None, network="auto")
+    model = SimpleNamespace(generator=G, critic=D, args=args)
+    model.optimizer_g, model.optimizer_d = adam(G), adam(D)
+    model.gradient_penalty = lib.gradient_penalty_reference
+    real = images() if len(shape) == 3 else torch.randn(8, 2)
+    assert trains(lambda real: lib.train_step(model, real), [G, D], [real], [-real])
 
 
 # ------------------------------------------------------------------ ways to take a step
-def model_and_data(script, device, *flags):
-    """A script's model from a fixed seed, with fixed random images."""
-    args = script.arguments().parse_args(["--batch-size", "16", *flags])
+def made_data(script, device):
     rng = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8, generator=rng).to(device)
+    pictures = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8, generator=rng).to(device)
     labels = torch.arange(200, device=device) % 10
-    classes = [str(digit) for digit in range(10)]
-    data = script.Data("made", classes, images, labels, images, labels)
+    return script.Data("made", [*"0123456789"], pictures, labels, pictures, labels)
+
+
+def made_model(script, data, *flags):
+    """A script's model from a fixed seed."""
+    args = script.arguments().parse_args(["--batch-size", "16", *flags])
     torch.manual_seed(0)
-    return script.Model(args, data, torch.device(device)), data
+    script.suit(args, data)
+    return script.Model(args, data)
 
 
 def losses_of(script, steps, device, *flags):
-    """The losses of the first steps, each on images of its own."""
-    model, data = model_and_data(script, device, *flags)
-    take_step, size = script.stepper(model, data), model.images_per_step
-    index = torch.arange(200, device=device).repeat(5)
-    return torch.stack([take_step(index[i * size : (i + 1) * size]).clone() for i in range(steps)])
+    """The losses of the first steps, each on images and noise of its own."""
+    data = made_data(script, device)
+    model = made_model(script, data, *flags)
+    step, losses = script.stepper(model.args, model, torch.device(device)), []
+    index = torch.arange(200, device=device).repeat(5).split(model.images_per_step)
+    for i in range(steps):
+        torch.manual_seed(i)
+        losses.append(torch.stack([*step(*model.batch(data, index[i])).values()]).detach().clone())
+    return torch.stack(losses)
 
 
-SCRIPT = pytest.mark.parametrize("script", [infogan, cgan, wgan_gp], ids=lambda s: s.__name__)
-
-
-@SCRIPT
+@EVERY
 def test_bf16_gives_nearly_the_losses_of_fp32(script, device):
     exact = losses_of(script, 3, device, "--no-graph")
     rounded = losses_of(script, 3, device, "--no-graph", "--precision", "bf16")
@@ -74,23 +215,59 @@ def test_bf16_gives_nearly_the_losses_of_fp32(script, device):
 
 
 @NO_GPU
-@SCRIPT
+@EVERY
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_captured_graph_gives_the_losses_of_single_operations(script, precision):
     """Three steps before the capture and three after it, from the same random numbers."""
+    script.choose_device("cuda")  # away from the default stream, which can not be captured
     flags = ("cuda", "--precision", precision)
     eager = losses_of(script, 6, *flags, "--no-graph")
     assert torch.allclose(losses_of(script, 6, *flags), eager, rtol=1e-3, atol=1e-3)
 
 
 @NO_GPU
-@SCRIPT
+@EVERY
 def test_step_never_waits_for_the_gpu(script):
-    model, data = model_and_data(script, "cuda", "--no-graph")
-    index = torch.arange(model.images_per_step, device="cuda")
-    script.train_step(model, data, index)
+    data = made_data(script, "cuda")
+    model = made_model(script, data)
+    batch = model.batch(data, torch.arange(model.images_per_step, device="cuda"))
+    script.train_step(model, *batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        script.train_step(model, data, index)
+        script.train_step(model, *batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captured_step_is_replayed_on_a_copy_of_each_batch(monkeypatch):
+    """The flow around a CUDA graph, with a graph that a CPU can play."""
+    script, calls, recorded, capturing = importlib.import_module(SCRIPTS[0]), [], [], []
+
+    def train_step(model, real):
+        calls.append(real)
+        losses = {"loss": real.sum()}
+        if capturing:  # which computes nothing
+            losses["loss"].fill_(math.nan)
+            recorded.append((real, losses["loss"]))
+        return losses
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    class Graph:
+        def replay(self):
+            real, loss = recorded[0]
+            loss.copy_(real.sum())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(script, "train_step", train_step)
+    model, device = SimpleNamespace(optimizers=[]), SimpleNamespace(type="cuda")
+    step = script.stepper(script.arguments().parse_args([]), model, device)
+    batches = [torch.full((2,), float(i)) for i in range(7)]
+    assert [step(batch)["loss"].item() for batch in batches] == [0, 2, 4, 6, 8, 10, 12]
+    assert len(calls) == 4 and len(recorded) == 1  # three to set up, one captured
+    assert torch.equal(batches[3], torch.full((2,), 3.0))  # the capture has a batch of its own

@@ -1,9 +1,12 @@
 """InfoGAN's information loss (Chen et al. 2016, arXiv 1606.03657, section 5), fused."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 
-from gan_kernels._library import ops
+from gan_kernels._library import ops, usable
 
 _forward = ops.info_loss.default
 _backward = ops.info_loss_backward.default
@@ -39,6 +42,18 @@ def _plain_backward(categorical_gradient, continuous_gradient, q, category, code
     if rest.shape[1]:
         parts.append(b * (0.5 - 0.5 * error**2 * precision))
     return torch.cat(parts, dim=1).to(q.dtype)
+
+
+def _plain_loss(q, category, code, sizes):
+    """Return what _forward returns, for a GPU on which the kernels can not compute."""
+    n = code.shape[1]
+    x = q.to(_loss_dtype(q))
+    *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)
+    rest = rest if rest.shape[1] else torch.zeros_like(mean)
+    pairs = zip(logits, category.unbind(1), strict=True)
+    categorical = sum((F.cross_entropy(logit, index) for logit, index in pairs), x.new_zeros(()))
+    squares = (code - mean) ** 2 * torch.exp(-rest)
+    return categorical, 0.5 * (math.log(2 * math.pi) + rest + squares).sum(1).mean()
 
 
 def _save(ctx, inputs, output):
@@ -82,7 +97,8 @@ def info_loss(q, category, code, sizes):
     the categorical codes, and negative log densities of a factored Gaussian (with its constant
     log(2 pi) / 2) for the continuous ones. Source: Chen et al. 2016, eq. 5 and section 6.
 
-    Differentiable in q and code, to any order (from the second on in plain PyTorch).
+    Differentiable in q and code, to any order (from the second on in plain PyTorch). On a GPU that
+    the kernels were not built for it is computed in plain PyTorch, and a warning says so once.
 
     Args:
         q: Q's output [logits of each categorical code | mean | log variance], of shape (batch,
@@ -102,4 +118,6 @@ def info_loss(q, category, code, sizes):
     """
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return _TransformedInfoLoss.apply(q, category, code, sizes)
+    if not usable(q):
+        return _plain_loss(q, category, code, sizes)
     return _InfoLoss.apply(q, category, code, sizes)

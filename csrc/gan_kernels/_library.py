@@ -1,5 +1,7 @@
 """Loads the compiled libraries."""
 
+import functools
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,3 +35,22 @@ def build_info():
     if _cuda is not None:
         return f"gan_kernels: {cpu}; CUDA built, but this PyTorch has none"
     return f"gan_kernels: {cpu}; no CUDA"
+
+
+def usable(tensor):
+    """Whether the kernels can compute where the tensor is; a warning says, once, where not."""
+    return not getattr(tensor, "is_cuda", False) or _usable_on_gpu(tensor.device.index)
+
+
+@functools.cache
+def _usable_on_gpu(index):
+    problem = "it was built without CUDA, or this PyTorch has none"
+    if has_cuda:
+        try:  # a GPU that the library was not built for shows at the first kernel
+            ops.penalty(torch.ones(1, 1, device=torch.device("cuda", index)), 1.0)
+            torch.cuda.synchronize(index)
+            return True
+        except RuntimeError as error:
+            problem = str(error).partition("\n")[0]
+    warnings.warn(f"gan_kernels computes in plain PyTorch on this GPU: {problem}", stacklevel=4)
+    return False

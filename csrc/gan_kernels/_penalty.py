@@ -2,7 +2,7 @@
 
 import torch
 
-from gan_kernels._library import ops
+from gan_kernels._library import ops, usable
 from gan_kernels._operations import Rewritten, with_zeros
 
 _forward = ops.penalty.default
@@ -29,8 +29,8 @@ def _plain_backward(penalty_gradient, gradient, target):
     rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
     squares = (rows * rows).sum(1)
     # The root's own derivative is infinite at zero, so it never sees a zero.
-    norms = torch.where(squares > 0, squares, 1).sqrt()
-    scale = torch.where(squares > 0, 2 * (norms - target) / (len(rows) * norms), 0)
+    norms = torch.where(squares == 0, 1, squares).sqrt()
+    scale = torch.where(squares == 0, 0, 2 * (norms - target) / (len(rows) * norms))
     scaled = rows * (penalty_gradient * scale)[:, None]
     return scaled.view(gradient.shape).to(gradient.dtype)
 
@@ -119,12 +119,28 @@ def _traced_penalty(critic, x, target):
         scores = critic(x)
     _check_scores(scores, x)
     (gradient,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+    penalty, norms = _norm_penalty(gradient, target)
+    silent = [p for p in rewritten.below if p.requires_grad]
+    return with_zeros(penalty, *silent) if silent else penalty, norms
+
+
+def _plain_penalty(critic, x, target):
+    """Return (penalty, norms) by plain double backward."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        scores = critic(x)
+        _check_scores(scores, x)
+        (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=twice)
+    return _norm_penalty(gradient, target)
+
+
+def _norm_penalty(gradient, target):
     rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
     squares = (rows * rows).sum(1)
-    norms = torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)
-    penalty = ((norms - target) ** 2).mean()
-    silent = [p for p in rewritten.below if p.requires_grad]
-    return with_zeros(penalty, *silent) if silent else penalty, norms.detach()
+    # The root's own derivative is infinite at zero, so it never sees a zero; a NaN it does.
+    norms = torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
+    return ((norms - target) ** 2).mean(), norms.detach()
 
 
 def _check_scores(scores, x):
@@ -169,7 +185,8 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     piecewise-linear activations, pooling and padding rewritten while it runs so that the second
     pass does no wasted work; anything else goes through plain autograd.
 
-    A row whose gradient is exactly zero adds target^2 and a zero gradient.
+    A row whose gradient is exactly zero adds target^2 and a zero gradient. On a GPU that the
+    kernels were not built for, plain double backward computes it, and a warning says so once.
 
     Inside torch.compile, with torch._dynamo.config.trace_autograd_ops, a whole critic update with
     its gradients compiles; without that setting the penalty itself runs uncompiled, as it does for
@@ -198,7 +215,8 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     if x.dim() == 0 or len(x) == 0:
         raise ValueError("gradient_penalty: x has an empty batch")
     if not torch.compiler.is_compiling():
-        penalty, norms = _eager_penalty(critic, x, float(target))
+        compute = _eager_penalty if usable(x) else _plain_penalty
+        penalty, norms = compute(critic, x, float(target))
     elif getattr(torch._dynamo.config, "trace_autograd_ops", False):
         penalty, norms = _traced_penalty(critic, x, float(target))
     else:

@@ -1,0 +1,38 @@
+"""Copies the shared blocks of one script to every other file that has them.
+
+python tools/sync_shared.py cgan.py    # cgan.py's are the truth; infogan.py's where none is named
+python tools/sync_shared.py --check    # writes nothing; exit code 1 where blocks differ
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^# --- shared: (\w+) ---\n(.*?)^# --- end shared ---\n", re.S | re.M)
+EVALUATE = (ROOT / "evaluate.py").read_text(encoding="utf-8")
+SCRIPTS = ast.literal_eval(re.search(r"^SCRIPTS = (.*)", EVALUATE, re.M)[1])  # the one list
+
+
+def sync(first="infogan.py", check=False):
+    """The differences, as lines; each block is as in the first file that has it."""
+    blocks, differences = {}, []
+    for name in dict.fromkeys([first, *(f"{script}.py" for script in SCRIPTS), "evaluate.py"]):
+        before = text = (ROOT / name).read_text(encoding="utf-8")
+        for block in BLOCK.finditer(before):
+            source, wanted = blocks.setdefault(block[1], (name, block[0]))
+            if block[0] != wanted:
+                differences.append(f"block {block[1]}: {name} differs from {source}")
+                text = text.replace(block[0], wanted)
+        if text != before and not check:
+            (ROOT / name).write_text(text, encoding="utf-8")
+    return differences
+
+
+if __name__ == "__main__":
+    check = "--check" in sys.argv
+    differences = sync(*(name for name in sys.argv[1:] if name != "--check"), check=check)
+    print(*differences, sep="\n", end="\n" * bool(differences))
+    if differences and check:
+        sys.exit("python tools/sync_shared.py FILE copies the blocks of FILE to the others")
