@@ -682,16 +682,16 @@ def run_updates(args, model, data, state):
         rows.append(row | dict(zip(named, means.tolist())))
         if RANK > 0:
             continue
-        if measuring:
-            rows[-1] |= evaluate(model.eval(), data)
+        rows[-1] |= evaluate(model.eval(), data) if measuring else {}
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = [names, *([row.get(name, "") for name in names] for row in rows), []]
+        write_file(folder / "metrics.csv", "\n".join(",".join(map(str, x)) for x in table).encode())
+        if measuring:  # the checkpoint last: what is missing after a kill is made again
             save_samples(model, folder / "samples" / f"{step:07d}.png")
             state["model"] = model.train().state_dict()
             state["optimizers"] = [x.state_dict()["state"] for x in model.optimizers]
             torch.save(state, buffer := io.BytesIO())
             write_file(folder / "checkpoint.pt", buffer.getbuffer())
-        names = dict.fromkeys(name for row in rows for name in row)
-        table = [names, *([row.get(name, "") for name in names] for row in rows), []]
-        write_file(folder / "metrics.csv", "\n".join(",".join(map(str, x)) for x in table).encode())
         if sys.stdout and (measuring or bar.disable):
             bar.write("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
 

@@ -420,7 +420,7 @@ def at_update(script, monkeypatch, number, act):
     monkeypatch.setattr(script, "train_step", acting)
 
 
-def interrupt(model, losses):
+def interrupt(*args):
     raise KeyboardInterrupt
 
 
@@ -443,6 +443,29 @@ def test_main_works_in_a_thread(script, finished):
     thread.start()
     thread.join()
     assert summary("run")["step"] == 2
+
+
+@INFOGAN
+def test_run_that_ends_between_two_writes_loses_no_row(script, finished, monkeypatch):
+    """Before each of its files in turn, as a kill ends it; rows, summary and pictures are whole."""
+    without_method(script, patch=monkeypatch.setattr)
+    write_file, flags = script.write_file, small(script, finished, "--out")
+    script.main([*flags, "whole"])
+    for number in range(1, 17):  # settings, 12 rows, 2 checkpoints, summary
+        with monkeypatch.context() as patch:
+            writes = iter(range(1, 17))
+            patch.setattr(
+                script,
+                "write_file",
+                lambda *args, w=writes, n=number: write_file(*args) if next(w) < n else interrupt(),
+            )
+            with pytest.raises(SystemExit):
+                script.main([*flags, f"run{number}"])
+        run = Path(f"run{number}")
+        begun = (run / "checkpoint.pt").exists()
+        script.main(["--resume", str(run / "checkpoint.pt")] if begun else [*flags, str(run)])
+        assert untimed(run) == untimed("whole") and summary(run)["step"] == 120
+        assert len(list((run / "samples").iterdir())) == 2
 
 
 # ------------------------------------------------------------------ nan
