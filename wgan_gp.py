@@ -612,7 +612,7 @@ def load_data(args, device):
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
         if args.dataset != "auto":
             raise UsageError(reason) from error
-        print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.", flush=True)
+        print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
@@ -707,18 +707,19 @@ def train(args, state=None):
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(model.optimizers, state["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
-    facts |= {"script": SCRIPT, "config": vars(args), "rows": state["rows"] if state else []}
+    rows = state["rows"] if state else []
+    run = facts | {"script": SCRIPT, "config": vars(args), "rows": rows}
     if RANK > 0:
-        return run_updates(args, model, data, facts)
+        return run_updates(args, model, data, run)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", blocking=False):
         if state is None and (folder / "checkpoint.pt").exists():
             raise UsageError(f"--out {folder} holds a run; choose another, or --resume that one")
         write_file(folder / "config.json", json.dumps(vars(args), indent=2).encode())
         print(f"{SCRIPT}: {data.name}, {n:,} samples, {device}, {folder}")
-        run_updates(args, model, data, facts)
+        run_updates(args, model, data, run)
         summary = vars(args) | {"script": SCRIPT, "device": device.type, "kernels": model.kernels}
-        summary |= facts["rows"][-1] | finish(model.eval(), data, folder, facts["rows"])
+        summary |= rows[-1] | finish(model.eval(), data, folder, rows)
         write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
 
 
@@ -789,9 +790,7 @@ def stepper(args, model, device):
         kept[1].replay()
         return kept[2]
 
-    if device.type == "cpu" or args.no_graph:
-        return step
-    return replay
+    return step if device.type == "cpu" or args.no_graph else replay
 
 
 def average(*tensors):

@@ -65,7 +65,11 @@ def whole_update(script, kernels, mode, images):
     if hasattr(script, "suit"):
         script.suit(args, data)
         model = script.Model(args, data)
-        step = script.stepper(args, model, images.device)
+        update = script.stepper(args, model, images.device)
+
+        def step(index):
+            return update(*model.batch(data, index))
+
     else:  # the versions up to 23 November 2026
         model = script.Model(args, data, images.device)
         step = script.stepper(model, data)
@@ -75,8 +79,6 @@ def whole_update(script, kernels, mode, images):
         if mode == GPU_MODES[2] and hasattr(model, name):
             getattr(model, name).compile()
     index = torch.randperm(len(images), device=images.device)[: model.images_per_step]
-    if hasattr(script, "suit"):
-        return lambda: step(*model.batch(data, index)), model.images_per_step
     return lambda: step(index), model.images_per_step
 
 

@@ -1,5 +1,7 @@
 """The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
 
+import contextlib
+
 import torch
 
 from gan_kernels._library import ops, usable
@@ -124,18 +126,8 @@ def _traced_penalty(critic, x, target):
     return with_zeros(penalty, *silent) if silent else penalty, norms
 
 
-def _plain_penalty(critic, x, target):
-    """Return (penalty, norms) by plain double backward."""
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        scores = critic(x)
-        _check_scores(scores, x)
-        (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=twice)
-    return _norm_penalty(gradient, target)
-
-
 def _norm_penalty(gradient, target):
+    """Return (penalty, norms) of a gradient as operations that autograd knows."""
     rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
     squares = (rows * rows).sum(1)
     # The root's own derivative is infinite at zero, so it never sees a zero; a NaN it does.
@@ -150,13 +142,14 @@ def _check_scores(scores, x):
 
 
 def _eager_penalty(critic, x, target):
-    """Return (penalty, norms)."""
-    twice = torch.is_grad_enabled()
+    """Return (penalty, norms), where the kernels can not compute by plain double backward."""
+    twice, fused = torch.is_grad_enabled(), usable(x)
     gradient = None
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         # A compiled critic runs as it was written: compiled code cannot be differentiated twice.
-        with torch.compiler.set_stance("force_eager"), Rewritten() as rewritten:
+        rewriting = Rewritten() if fused else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), rewriting as rewritten:
             scores = critic(x)
         _check_scores(scores, x)
         if scores.requires_grad:
@@ -165,6 +158,8 @@ def _eager_penalty(critic, x, target):
             )
     if gradient is None:
         raise ValueError("gradient_penalty: the critic's scores do not depend on x")
+    if not fused:
+        return _norm_penalty(gradient, target)
     silent = []
     if twice and rewritten.silenced:
         silent = _silent_parameters(scores, x, rewritten)
@@ -215,8 +210,7 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     if x.dim() == 0 or len(x) == 0:
         raise ValueError("gradient_penalty: x has an empty batch")
     if not torch.compiler.is_compiling():
-        compute = _eager_penalty if usable(x) else _plain_penalty
-        penalty, norms = compute(critic, x, float(target))
+        penalty, norms = _eager_penalty(critic, x, float(target))
     elif getattr(torch._dynamo.config, "trace_autograd_ops", False):
         penalty, norms = _traced_penalty(critic, x, float(target))
     else:
