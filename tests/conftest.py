@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 import sys
+from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.register_assert_rewrite("helpers")
 
+from emulation import emulated  # noqa: E402
 from helpers import child, no_network  # noqa: E402
 
 torch.set_num_threads(1)  # on a busy machine threads of small tensors wait for each other
@@ -33,6 +35,14 @@ def device(request):
     """Each test that asks for it runs on the CPU and, where there is one, on a GPU."""
     torch.manual_seed(0)
     return request.param
+
+
+@pytest.fixture(params=["cpu", "cuda" if torch.cuda.is_available() else "emulated"])
+def kernels(request):
+    """Each test that asks for it runs on the CPU's kernels, and on CUDA's: on a GPU or emulated."""
+    torch.manual_seed(0)
+    with emulated() if request.param == "emulated" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,12 @@ ops = torch.ops.gan_kernels
 TRACES_GRADIENTS = hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
+@pytest.fixture
+def device(kernels):
+    """Where the tensors are; conftest.py has the kernels."""
+    return "cuda" if kernels == "cuda" else "cpu"
+
+
 def plain_penalty(critic, x, target=1.0):
     """Return (penalty, norms) by plain double backward; a zero gradient row has the norm zero."""
     x = x.detach().requires_grad_()
