@@ -35,14 +35,14 @@ torture: .venv/tested
 	.venv/bin/pip install --quiet $(TEST)
 	touch $@
 
-# The kernels' tests, malformed input among them, under the address and undefined-behaviour
-# sanitizers. Their run time has to be loaded before Python's own libraries; leaks are Python's.
+# The kernels' tests, malformed input and emulated CUDA among them, under the address and
+# undefined-behaviour sanitizers. Their run time has to be loaded before Python's own libraries; leaks are Python's.
 sanitize: .venv/tested
 	GAN_KERNELS_SANITIZE=1 GAN_KERNELS_CUDA=0 .venv/bin/python setup.py -q build \
 		--build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PYTHONPATH=$(SANITIZED) .venv/bin/python -m pytest -p no:cacheprovider \
+		GAN_KERNELS_SANITIZE=1 PYTHONPATH=$(SANITIZED) .venv/bin/python -m pytest -p no:cacheprovider \
 		tests/test_info_loss.py tests/test_gradient_penalty.py -k "not compile"
 
 clean:

@@ -3,7 +3,6 @@
 import multiprocessing
 import socket
 import sys
-from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.register_assert_rewrite("helpers")
 
-from emulation import emulated  # noqa: E402
+from emulation import emulated, load, sources  # noqa: E402
 from helpers import child, no_network  # noqa: E402
 
 torch.set_num_threads(1)  # on a busy machine threads of small tensors wait for each other
@@ -37,11 +36,20 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def cuda_library():
+    """The CUDA kernels compiled for the CPU, once."""
+    return load("gan_kernels_emulated", sources())
+
+
 @pytest.fixture(params=["cpu", "cuda" if torch.cuda.is_available() else "emulated"])
 def kernels(request):
     """Each test that asks for it runs on the CPU's kernels, and on CUDA's: on a GPU or emulated."""
     torch.manual_seed(0)
-    with emulated() if request.param == "emulated" else nullcontext():
+    if request.param == "emulated":
+        with emulated(request.getfixturevalue("cuda_library")):
+            yield request.param
+    else:
         yield request.param
 
 

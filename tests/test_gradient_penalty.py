@@ -694,10 +694,22 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8192 + 5, 3), (3, 2 * 8192 + 1), (129, 129)])
+def test_launches(shape, dtype, device):
+    """More rows than a grid has blocks, rows in several pieces, more rows than a block's threads."""
+    check_fused_penalty(torch.randn(shape, device=device).to(dtype))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_fused_penalty(layout, dtype, device):
-    g = LAYOUTS[layout](torch.randn(6, 3, 37, 50, device=device).to(dtype))
+    check_fused_penalty(LAYOUTS[layout](torch.randn(6, 3, 37, 50, device=device).to(dtype)))
+
+
+def check_fused_penalty(g):
+    """Compare the operators with autograd in float64."""
+    dtype = g.dtype
     penalty, norms = ops.penalty(g, 0.7)
     exact = g.double().requires_grad_()
     want = exact.flatten(1).norm(dim=1)

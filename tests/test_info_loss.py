@@ -98,13 +98,22 @@ def test_huge_rows(device):
     assert_same(*draw(3, [200_000, 5], 3, device, torch.float32), 2e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance, batch", [
+    (torch.float64, 1e-13, 41), (torch.float32, 2e-6, 4 * 8192 + 37),  # more than a grid's warps
+    (torch.bfloat16, 2e-2, 41), (torch.float16, 2e-3, 41),
+])  # fmt: skip
+def test_rows_too_wide_for_shared_memory(dtype, tolerance, batch, device):
+    assert_same(*draw(batch, [100], 1, device, dtype), tolerance)
+
+
 def test_a_large_batch(device):
     q, category, code, sizes = draw(1000, [10], 2, device, torch.float32)
     want = losses_and_gradient(info_loss, q, category, code, sizes)
-    many = (t.repeat(1024, 1) for t in (q, category, code))  # q takes more than 32 MiB
+    # q takes more than 32 MiB, and more blocks than the largest grid has
+    many = (t.repeat(1100, 1) for t in (q, category, code))
     got = losses_and_gradient(info_loss, *many, sizes)
     torch.testing.assert_close(got[:2], want[:2], rtol=1e-6, atol=0)
-    torch.testing.assert_close(got[2], (want[2] / 1024).repeat(1024, 1), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(got[2], (want[2] / 1100).repeat(1100, 1), rtol=1e-5, atol=1e-12)
 
 
 def test_extreme_values(device):

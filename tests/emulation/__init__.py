@@ -1,6 +1,7 @@
 """CUDA without a GPU: the .cu files compiled by g++, run on the CPU and watched for faults.
 
-    with emulated():                    # torch.ops.gan_kernels computes on CPU tensors with the
+    library = load("gan_kernels_emulated", sources())
+    with emulated(library):             # torch.ops.gan_kernels computes on CPU tensors with the
         gan_kernels.info_loss(...)      # CUDA kernels; a fault of theirs is a RuntimeError
 
 emulator.cpp says what counts as a fault. Nothing here knows the kernels.
@@ -8,7 +9,6 @@ emulator.cpp says what counts as a fault. Nothing here knows the kernels.
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import re
@@ -105,23 +105,22 @@ def compiler(command):
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-@functools.cache
-def load(namespace="gan_kernels_emulated", change=sources):
-    """Register the operators in a namespace; return the library. change() gives its sources."""
-    path = build(change(), namespace)
+def load(namespace, texts):
+    """Register the operators of the library with these sources in a namespace; return it."""
+    path = build(texts, namespace)
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 
 
 @contextlib.contextmanager
-def emulated():
-    """Within, the operators of gan_kernels are the CUDA kernels, emulated, on CPU tensors."""
-    with watching(load()), torch.library._scoped_library("gan_kernels", "IMPL") as library:
+def emulated(library):
+    """Within, the operators of gan_kernels are those of this library, on CPU tensors."""
+    with watching(library), torch.library._scoped_library("gan_kernels", "IMPL") as replaced:
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
             namespace, _, name = name.partition("::")
             if namespace == "gan_kernels_emulated":
                 operator = getattr(torch.ops.gan_kernels_emulated, name).default
-                library.impl(name, operator, "CPU")
+                replaced.impl(name, operator, "CPU")
         yield
 
 
