@@ -44,6 +44,8 @@ CHANGES = {
     "too much shared memory": ("more than 48 KiB", INFO, "bytes <= shared_bytes", "true", 0),
     "the default stream": ("current stream", INFO, "current_stream(q)", "nullptr", 0),
     "an unchecked launch": ("not checked", PENALTY, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "{}", 0),
+    "an unchecked last launch": (
+        "not checked", PENALTY, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "{}", 2),
     "an empty grid": ("invalid grid", PENALTY, "grid_size(rows.items, 1)", "0", 0),
 }  # fmt: skip
 BOUNDS = "outside any tensor|holds nothing"

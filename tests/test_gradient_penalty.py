@@ -697,7 +697,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8192 + 5, 3), (3, 2 * 8192 + 1), (129, 129)])
 def test_launches(shape, dtype, device):
-    """More rows than a grid has blocks, rows in several pieces, more rows than a block's threads."""
+    """More rows than a grid has blocks, rows in several pieces, more rows than threads."""
     check_fused_penalty(torch.randn(shape, device=device).to(dtype))
 
 

@@ -20,17 +20,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SANITIZED = os.environ.get("GAN_KERNELS_SANITIZE") == "1"
 CXX = os.environ.get("CXX", "g++")
 COMPILE = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
-COMPILE += [f"-I{path}" for path in [HERE, *include_paths()]]
 WATCH = ["-fsanitize=thread"]
 LINK = ["-shared", "-Wl,-Bsymbolic,-z,defs"]  # our stand-ins before PyTorch's functions
-LINK += [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
 if SANITIZED:
     WATCH = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     WATCH += ["-fno-omit-frame-pointer"]
@@ -71,8 +68,12 @@ def build(texts, namespace):
     """Return the path of a library with these sources, compiled unless it has been before."""
     if os.uname().sysname != "Linux" or shutil.which(CXX) is None:
         pytest.skip(f"the CUDA emulation needs Linux and a C++ compiler, and {CXX} was not found")
+    from torch.utils.cpp_extension import include_paths, library_paths  # which looks for CUDA
+
+    flags = [*COMPILE, *(f"-I{path}" for path in [HERE, *include_paths()])]
+    link = [*LINK, *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     target = re.search('TARGET = "(.*?)"', (ROOT / "setup.py").read_text())[1]
-    built_with = [*COMPILE, *WATCH, *LINK, target, namespace, torch.__version__]
+    built_with = [CXX, *flags, *WATCH, *link, target, namespace, torch.__version__]
     ours = [path.read_text() for path in sorted(HERE.iterdir()) if path.is_file()]
     key = hashlib.sha256(repr([built_with, ours, texts]).encode()).hexdigest()[:16]
     library = ROOT / "build" / "emulation" / f"{namespace}-{key}.so"
@@ -82,19 +83,19 @@ def build(texts, namespace):
     for old in library.parent.glob(f"{namespace}-*.so"):
         old.unlink()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        commands = [[*COMPILE, "-O2", HERE / "emulator.cpp"]]
+        commands = [[*flags, "-O2", HERE / "emulator.cpp"]]
         for name, text in texts.items():
             path = Path(folder, name)
             path.write_text(translate(text, namespace))
             if path.suffix != ".h":
                 build_info = ['-DGAN_KERNELS_NVCC="none"', '-DGAN_KERNELS_ARCHITECTURES="emulated"']
-                commands.append([*COMPILE, *WATCH, target, *build_info, "-x", "c++", path])
+                commands.append([*flags, *WATCH, target, *build_info, "-x", "c++", path])
         for i, command in enumerate(commands):
             commands[i] = [CXX, *command, "-c", "-o", Path(folder, f"{i}.o")]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compiler, commands))
         whole = Path(folder, "whole.so")
-        compiler([CXX, *(command[-1] for command in commands), *LINK, "-o", whole])
+        compiler([CXX, *(command[-1] for command in commands), *link, "-o", whole])
         whole.rename(library)
     return library
 

@@ -13,6 +13,9 @@
 //   launches     empty or too large, more shared memory than 48 KiB, another stream than the
 //                current one, no device guard, or no check after the launch before.
 //
+// What it cannot show: the memory model of a real GPU, which may reorder what is unordered here,
+// what nvcc makes of the code, CUDA's own exp and log, and time. Tests on a GPU do.
+//
 // Races and bounds are seen by the calls that g++ -fsanitize=thread adds to every use of memory,
 // to functions that are defined here and not by ThreadSanitizer. In a build for the address and
 // undefined-behaviour sanitizers those calls are missing and the sanitizers watch instead.
@@ -174,7 +177,8 @@ __attribute__((noipa)) void start(Fiber& fiber) {
   if (problem.empty()) problem = text;
   if (current >= 0) go_on(scheduler);
   for (Fiber& fiber : fibers) fiber.started = false;
-  std::string message = std::string("CUDA emulation: ") + kernel + ": " + problem;
+  unchecked = false;
+  const std::string message = std::string("CUDA emulation: ") + kernel + ": " + problem;
   problem.clear();
   throw std::runtime_error(message);
 }
@@ -395,7 +399,7 @@ cudaError_t cudaGetLastError() {
 // In place of PyTorch's own functions for CUDA, and of ThreadSanitizer's.
 extern "C" {
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  if (!emulated::guards++) emulated::unchecked = false;
+  ++emulated::guards;
   *guard = reinterpret_cast<DeviceGuardHandle>(&emulated::guards);
   return AOTI_TORCH_SUCCESS;
 }
