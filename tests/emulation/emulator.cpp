@@ -26,6 +26,9 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <sstream>
@@ -440,5 +443,7 @@ USES(1) USES(2) USES(4) USES(8) USES(16)
 uint32_t __tsan_atomic32_fetch_add(uint32_t* at, uint32_t by, int) {
   return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST);
 }
-uint8_t __tsan_atomic8_load(const uint8_t* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
+uint8_t __tsan_atomic8_load(const uint8_t* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
 }
