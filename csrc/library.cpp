@@ -13,16 +13,13 @@
 #else
 #define GK_COMPILER "C++"
 #endif
-#define GK_TEXT_(x) #x
-#define GK_TEXT(x) GK_TEXT_(x)
 
 namespace gan_kernels {
 namespace {
 
 std::string cpu_build() {
-  static const char* const names[] = {"baseline", "AVX2", "AVX-512"};
-  return std::string("CPU (" GK_COMPILER ", running ") + names[int(machine_level())] +
-      ", built with PyTorch " GK_TEXT(TORCH_VERSION_MAJOR) "." GK_TEXT(TORCH_VERSION_MINOR) ")";
+  return std::string("CPU (" GK_COMPILER ", running ") + (has_avx2() ? "AVX2" : "baseline") +
+      ", built with PyTorch " TORCH_VERSION ")";
 }
 
 }  // namespace
