@@ -49,7 +49,8 @@ def architectures():
     if wish:
         return wish
     known = re.findall(r"compute_(\d+)", run_nvcc("--list-gpu-arch")[1])
-    wanted = re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))
+    # not torch.cuda.get_arch_list(), which is empty where PyTorch 2.10 sees no GPU
+    wanted = re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")
     both = sorted({int(number) for number in known} & {int(number) for number in wanted})
     # PTX of the newest, for GPUs that come after it
     return ";".join(f"{number // 10}.{number % 10}" for number in both) + "+PTX" if both else ""

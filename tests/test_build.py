@@ -32,8 +32,8 @@ def setup():
 def toolkit(setup, monkeypatch, tmp_path):
     """Makes an nvcc of this version, which knows these architectures and compiles like that."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    compiled = ["sm_70", "sm_90", "sm_100", "sm_120a"]
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: compiled)
+    flags = "sm_70 sm_90 sm_100 sm_120a compute_120"
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in ("GAN_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "TORCH_DONT_CHECK_COMPILER_ABI", "CC"):
         os.environ.pop(name, None)
@@ -124,9 +124,10 @@ def test_the_compiler_tried_is_that_of_the_build(setup, toolkit):
     assert setup.compile_error() is None
 
 
-def test_the_compiler_is_left_to_nvcc_to_judge(setup, toolkit):
+def test_the_compiler_is_left_to_nvcc_to_judge(setup, toolkit, monkeypatch):
     """PyTorch's own table would refuse it, whatever compiler nvcc itself is told to use."""
-    toolkit(version="13.0")
+    toolkit()
+    monkeypatch.setitem(cpp_extension.CUDA_GCC_VERSIONS, "13.2", ((6, 0), (16, 0)))
     too_new = torch.torch_version.TorchVersion("99.0")
     with pytest.raises(RuntimeError, match="greater than the maximum"):
         cpp_extension._check_cuda_version("g++", too_new)
