@@ -132,7 +132,9 @@ def disagreement(got, want):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, entries, cases", [("modules", 100, 3000), ("operators", 430, 2850)])
+@pytest.mark.parametrize(
+    "name, entries, cases", [("modules", 100, 3000), ("operators", 500, 10_000)]
+)
 def test_agrees_with_plain_double_backward(name, entries, cases, tables, monkeypatch):
     """Wherever plain autograd has a second derivative."""
     # the usual one also writes down a stack trace for each kind of device that is not in use
