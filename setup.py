@@ -107,7 +107,7 @@ def cpu_extension():
         link += sanitize
     return Extension(
         "gan_kernels._cpu",
-        [f"csrc/{name}.cpp" for name in ("info_loss", "layer_norm", "library", "penalty")],
+        [f"csrc/{name}.cpp" for name in ("info_loss", "library", "norm", "penalty")],
         include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
@@ -130,7 +130,7 @@ def cuda_extension():
         "gan_kernels._cuda",
         [
             "csrc/info_loss_cuda.cu",
-            "csrc/layer_norm_cuda.cu",
+            "csrc/norm_cuda.cu",
             "csrc/library_cuda.cpp",
             "csrc/penalty_cuda.cu",
         ],

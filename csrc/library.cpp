@@ -34,8 +34,8 @@ STABLE_TORCH_LIBRARY(gan_kernels, m) {
       "penalty_backward(Tensor penalty_gradient, Tensor gradient, Tensor norms, float target) "
       "-> Tensor");
   m.def(
-      "layer_norm_double_backward(Tensor h, Tensor g, Tensor x, Tensor mean, Tensor rstd, "
-      "Tensor? weight) -> (Tensor, Tensor, Tensor)");
+      "norm_double_backward(Tensor h, Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+      "int weight_groups, int segments, bool strided) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_build() -> str");
   m.def("cuda_build() -> str");
 }

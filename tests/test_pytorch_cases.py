@@ -15,13 +15,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gan_kernels import gradient_penalty
+from gan_kernels import _convolution, _norm, _rewriting, gradient_penalty
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ALL = os.environ.get("CASES") == "1"
 REWRITTEN = re.compile("conv|relu|hardtanh|pool|pad|linear$|(layer|batch|group|instance)_?norm")
+
+
+@pytest.fixture(autouse=True)
+def rewrite_all(monkeypatch):
+    """The cases are small, and operations of any size are to be rewritten."""
+    for module in (_convolution, _norm, _rewriting):
+        monkeypatch.setattr(module, "LEAST", 0)
 
 
 @pytest.fixture(scope="module")
