@@ -6,7 +6,7 @@ BUILD = "setuptools>=77" wheel ninja
 TEST = pytest ruff
 SANITIZED = build/sanitize/lib
 
-.PHONY: train test torture sanitize clean
+.PHONY: train test torture cases sanitize clean
 
 train: .venv/built
 	.venv/bin/python infogan.py $(ARGS)
@@ -18,6 +18,9 @@ test: .venv/tested
 
 torture: .venv/tested
 	TORTURE=1 .venv/bin/python -m pytest tests/test_torture.py
+
+cases: .venv/tested
+	CASES=1 .venv/bin/python -m pytest tests/test_pytorch_cases.py
 
 # each file marks a finished step, so that an interrupted one starts again
 .venv/installed: Makefile

@@ -8,19 +8,24 @@ turn, so that a slow moment of the machine falls on all of them.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
 import gan_kernels
 import torch
+from critics import CRITICS
 from timing import machine, medians
-from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from infogan import info_loss_reference  # noqa: E402
 
 BATCHES = [64, 128, 1024, 16_384, 131_072, 1_048_576, 4_194_304]
+CURVED = {
+    *("LayerNorm", "GroupNorm", "InstanceNorm2d", "BatchNorm1d", "BatchNorm2d", "GLU", "Tanh"),
+    *("SiLU", "GELU", "Softplus", "ELU", "Hardswish", "LSTM", "GRU", "RNN"),
+}  # modules whose second derivative is not zero
 LATENTS = [([10], 2), ([10, 10, 10, 10], 4)]
 
 
@@ -60,88 +65,6 @@ def info_loss_rows(device, batches, seconds):
             }
 
 
-class Residual(nn.Module):
-    """A residual block of the paper's CIFAR critic, halving the image if down."""
-
-    def __init__(self, channels, out, down):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, out, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(out, out, 3, padding=1),
-            *([nn.AvgPool2d(2)] if down else []),
-        )
-        self.shortcut = nn.Sequential(
-            *([nn.AvgPool2d(2)] if down else []),
-            *([nn.Conv2d(channels, out, 1)] if down or channels != out else []),
-        )
-
-    def forward(self, x):
-        return self.shortcut(x) + self.body(x)
-
-
-class Mean(nn.Module):
-    """The mean over the image, of shape (batch, channels)."""
-
-    def forward(self, x):
-        return x.mean((2, 3))
-
-
-def critics():
-    """Yield (name, critic, shape of its input)."""
-
-    def leaky():
-        return nn.LeakyReLU(0.2)
-
-    conv = nn.Conv2d
-    yield (
-        "MNIST, 5x5 stride 2, 64-128-256",
-        nn.Sequential(
-            conv(1, 64, 5, 2, 2), leaky(), conv(64, 128, 5, 2, 2), leaky(),
-            conv(128, 256, 5, 2, 2), leaky(), nn.Flatten(), nn.Linear(4096, 1),
-        ),
-        (64, 1, 28, 28),
-    )  # fmt: skip
-    yield (
-        "DCGAN, 64x64",
-        nn.Sequential(
-            conv(3, 64, 4, 2, 1), leaky(), conv(64, 128, 4, 2, 1), leaky(),
-            conv(128, 256, 4, 2, 1), leaky(), conv(256, 512, 4, 2, 1), leaky(),
-            conv(512, 1, 4), nn.Flatten(),
-        ),
-        (16, 3, 64, 64),
-    )  # fmt: skip
-    for batch in (256, 1024):
-        yield (
-            "MLP, 784-512-512-256",
-            nn.Sequential(
-                nn.Flatten(), nn.Linear(784, 512), leaky(), nn.Linear(512, 512), leaky(),
-                nn.Linear(512, 256), leaky(), nn.Linear(256, 1),
-            ),
-            (batch, 1, 28, 28),
-        )  # fmt: skip
-    first = nn.Sequential(conv(3, 128, 3, padding=1), nn.ReLU(), conv(128, 128, 3, padding=1))
-    yield (
-        "CIFAR residual, 128",
-        nn.Sequential(
-            first, nn.AvgPool2d(2), Residual(128, 128, True), Residual(128, 128, False),
-            Residual(128, 128, False), nn.ReLU(), Mean(), nn.Linear(128, 1),
-        ),
-        (16, 3, 32, 32),
-    )  # fmt: skip
-    yield (
-        "MNIST with layer norm",
-        nn.Sequential(
-            conv(1, 64, 5, 2, 2), nn.LayerNorm([64, 14, 14]), leaky(),
-            conv(64, 128, 5, 2, 2), nn.LayerNorm([128, 7, 7]), leaky(),
-            conv(128, 256, 5, 2, 2), nn.LayerNorm([256, 4, 4]), leaky(),
-            nn.Flatten(), nn.Linear(4096, 1),
-        ),
-        (64, 1, 28, 28),
-    )  # fmt: skip
-
-
 def plain_penalty(critic, x):
     """The penalty as it is usually written."""
     x = x.detach().requires_grad_()
@@ -149,16 +72,18 @@ def plain_penalty(critic, x):
     return ((g.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
 
-def penalty_rows(device, shrink, seconds):
-    """Yield one row a critic: the penalty and its gradients in the parameters.
+def penalty_rows(device, small, seconds):
+    """Yield one row a critic and size: the penalty and its gradients in the parameters.
 
     The floor of a piecewise-linear critic is one forward, one backward to the input, one tangent
     forward and one weight gradient, timed as forward + (forward and backward), the backward to the
     input as well as to the parameters; with curvature it is twice (forward and backward).
     """
-    for name, critic, shape in critics():
+    for name, big in itertools.product(CRITICS, [False] if small else [False, True]):
+        torch.manual_seed(0)
+        critic, shape = CRITICS[name](big)
         critic = critic.to(device)
-        x = torch.randn(max(2, shape[0] // shrink), *shape[1:], device=device)
+        x = torch.randn(shape, device=device)
         parameters = list(critic.parameters())
 
         def forward(critic=critic, x=x):
@@ -183,7 +108,7 @@ def penalty_rows(device, shrink, seconds):
             device,
             seconds,
         )
-        curved = any(isinstance(module, nn.LayerNorm) for module in critic.modules())
+        curved = any(type(module).__name__ in CURVED for module in critic.modules())
         floor = 2 * t["all"] if curved else t["forward"] + t["all"]
         strict = 2 * t["parameters"] if curved else t["forward"] + t["parameters"]
         yield {
@@ -254,7 +179,7 @@ def main(argv=None):
     print(head)
     info = list(info_loss_rows(args.device, BATCHES[:2] if args.smoke else BATCHES, seconds))
     print("\n" + table(info))
-    penalties = list(penalty_rows(args.device, 32 if args.smoke else 1, seconds))
+    penalties = list(penalty_rows(args.device, args.smoke, seconds))
     print("\n" + table(penalties))
     if not args.smoke:
         text = "\n\n".join([head, "## info_loss", table(info), "## gradient_penalty"])

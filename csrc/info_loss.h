@@ -15,11 +15,6 @@
 namespace gan_kernels {
 
 template <class T>
-GK_INLINE T categorical_nll(T maximum, T sum_of_exp, T picked) {
-  return logarithm(sum_of_exp) + (maximum - picked);
-}
-
-template <class T>
 GK_INLINE T gaussian_nll(T mean, T log_variance, T precision, T code) {
   const T error = code - mean;
   return T(0.5) * (T(1.83787706640934548356) + log_variance + error * error * precision);
@@ -35,6 +30,22 @@ GK_INLINE T gaussian_log_variance_gradient(T mean, T precision, T code) {
   const T error = code - mean;
   return T(0.5) - T(0.5) * error * error * precision;
 }
+
+// A two-dimensional tensor of S and any strides.
+template <class S>
+struct Matrix {
+  S* data;
+  int64_t row_stride, column_stride;
+
+  Matrix(const Tensor& tensor)
+      : data(static_cast<S*>(tensor.const_data_ptr())),
+        row_stride(tensor.stride(0)),
+        column_stride(tensor.stride(1)) {}
+
+  GK_INLINE S& at(int64_t row, int64_t column) const {
+    return data[row * row_stride + column * column_stride];
+  }
+};
 
 // The shape of one call. Columns of q: `logits`, then `codes` means, then `codes` log variances if
 // `learned`.
@@ -103,6 +114,19 @@ inline InfoShape check_info_loss(
       shape.logits + shape.codes,
       " for unit variance)");
   return shape;
+}
+
+// Calls body(S(), C()) with q's dtype and the code's.
+template <class Body>
+void with_types(const Tensor& q, const Tensor& code, const Body& body) {
+  with_type(q.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    if (code.scalar_type() == q.scalar_type()) {
+      body(S(), S());
+    } else {
+      body(S(), float());
+    }
+  });
 }
 
 // The dtype of the losses and of the sums behind them.

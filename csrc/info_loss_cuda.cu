@@ -11,21 +11,6 @@ namespace {
 constexpr int max_categorical = 256;  // their sizes travel as a kernel argument
 constexpr int64_t shared_bytes = 48 * 1024;
 
-template <class S>
-struct Matrix {
-  S* data;
-  int64_t row_stride, column_stride;
-
-  explicit Matrix(const Tensor& tensor)
-      : data(static_cast<S*>(const_cast<void*>(tensor.const_data_ptr()))),
-        row_stride(tensor.stride(0)),
-        column_stride(tensor.stride(1)) {}
-
-  __device__ S& at(int64_t row, int64_t column) const {
-    return data[row * row_stride + column * column_stride];
-  }
-};
-
 template <class S, class C>
 struct Call {
   InfoShape shape;
@@ -78,7 +63,7 @@ __device__ Softmax<T> reduce_code(Row values, int64_t offset, int64_t size, int6
   maximum = group_max<width>(maximum);
   T sum = 0;
   for (int64_t c = lane; c < size; c += width) {
-    sum += exponential(values.get(offset + c) - maximum);
+    sum += std::exp(values.get(offset + c) - maximum);
   }
   sum = group_sum<width>(sum);
   // A category outside its range makes the loss NaN and reads nothing.
@@ -95,13 +80,13 @@ __device__ void row_forward(
   for (int k = 0; k < call.categorical_codes; ++k) {
     const auto s =
         reduce_code<width, T>(values, offset, call.sizes[k], call.category.at(row, k), lane);
-    categorical += categorical_nll(s.maximum, s.sum, s.picked);
+    categorical += std::log(s.sum) + (s.maximum - s.picked);
     offset += call.sizes[k];
   }
   T sum = 0;
   for (int64_t j = lane; j < shape.codes; j += width) {
     const T log_variance = shape.learned ? values.get(shape.logits + shape.codes + j) : T(0);
-    const T precision = shape.learned ? exponential(-log_variance) : T(1);
+    const T precision = shape.learned ? std::exp(-log_variance) : T(1);
     sum += gaussian_nll(
         values.get(shape.logits + j), log_variance, precision, T(call.code.at(row, j)));
   }
@@ -119,7 +104,7 @@ __device__ void row_backward(
     if (width > 1) __syncwarp();
     const T upper = s.picked == s.picked ? categorical : T(NAN);
     for (int64_t c = lane; c < size; c += width) {
-      const T share = exponential(values.get(offset + c) - s.maximum) / s.sum;
+      const T share = std::exp(values.get(offset + c) - s.maximum) / s.sum;
       values.set(offset + c, upper * (share - T(c == index)));
     }
     offset += size;
@@ -127,7 +112,7 @@ __device__ void row_backward(
   for (int64_t j = lane; j < shape.codes; j += width) {
     const int64_t mean_at = shape.logits + j, variance_at = mean_at + shape.codes;
     const T mean = values.get(mean_at), code = T(call.code.at(row, j));
-    const T precision = shape.learned ? exponential(-values.get(variance_at)) : T(1);
+    const T precision = shape.learned ? std::exp(-values.get(variance_at)) : T(1);
     values.set(mean_at, continuous * gaussian_mean_gradient(mean, precision, code));
     if (shape.learned) {
       values.set(variance_at, continuous * gaussian_log_variance_gradient(mean, precision, code));
@@ -239,19 +224,6 @@ __global__ void backward_kernel(
           categorical, continuous);
     }
   }
-}
-
-// Calls body(narrow, S(), C()) with the code's dtype beside q's.
-template <class Body>
-void with_types(const Tensor& q, const Tensor& code, const Body& body) {
-  with_type(q.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    if (code.scalar_type() == q.scalar_type()) {
-      body(S(), S());
-    } else {
-      body(S(), float());
-    }
-  });
 }
 
 struct Launch {

@@ -13,16 +13,13 @@
 #else
 #define GK_COMPILER "C++"
 #endif
-#define GK_TEXT_(x) #x
-#define GK_TEXT(x) GK_TEXT_(x)
 
 namespace gan_kernels {
 namespace {
 
 std::string cpu_build() {
-  static const char* const names[] = {"baseline", "AVX2", "AVX-512"};
-  return std::string("CPU (" GK_COMPILER ", running ") + names[int(machine_level())] +
-      ", built with PyTorch " GK_TEXT(TORCH_VERSION_MAJOR) "." GK_TEXT(TORCH_VERSION_MINOR) ")";
+  return std::string("CPU (" GK_COMPILER ", running ") + (has_avx2() ? "AVX2" : "baseline") +
+      ", built with PyTorch " TORCH_VERSION ")";
 }
 
 }  // namespace
@@ -37,8 +34,8 @@ STABLE_TORCH_LIBRARY(gan_kernels, m) {
       "penalty_backward(Tensor penalty_gradient, Tensor gradient, Tensor norms, float target) "
       "-> Tensor");
   m.def(
-      "layer_norm_double_backward(Tensor h, Tensor g, Tensor x, Tensor mean, Tensor rstd, "
-      "Tensor? weight) -> (Tensor, Tensor, Tensor)");
+      "norm_double_backward(Tensor h, Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+      "int weight_groups, int segments, bool strided) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_build() -> str");
   m.def("cuda_build() -> str");
 }

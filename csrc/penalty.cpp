@@ -1,54 +1,27 @@
 // The penalty and its gradient on the CPU. The mathematics is in penalty.h; here are the loops.
-#include "dispatch.h"
 #include "penalty.h"
 
 namespace gan_kernels {
 namespace {
 
-constexpr int64_t lanes = 32, piece = 4096;
-
-// One row: in the forward its sum of squares, in the backward scaled into `target`.
-template <class S>
-struct Row {
-  using T = Accumulator<S>;
-  const S* source;
-  int64_t size;
-  T sum = 0;
-  S* target = nullptr;
-  T scale = 0;
-};
-
-template <class S>
-struct SumOfSquares {
-  static GK_INLINE void run(Row<S>& row) {
-    using T = Accumulator<S>;
-    // Pieces are summed in double, so that a huge row keeps its precision.
-    double total = 0;
-    for (int64_t begin = 0; begin < row.size; begin += piece) {
-      const int64_t end = std::min(row.size, begin + piece);
-      T sum[lanes] = {};
-      int64_t i = begin;
-      for (; i + lanes <= end; i += lanes) {
-        for (int64_t r = 0; r < lanes; ++r) {
-          const T x = T(row.source[i + r]);
-          sum[r] += x * x;
-        }
-      }
-      for (; i < end; ++i) sum[0] += T(row.source[i]) * T(row.source[i]);
-      for (int64_t r = 0; r < lanes; ++r) total += sum[r];
+// In pieces, summed in double, so that a huge row keeps its precision; in lanes, so that the compiler
+// can vectorise the sum.
+template <class S, class T = Accumulator<S>>
+T sum_of_squares(const S* row, int64_t size) {
+  constexpr int64_t lanes = 32, piece = 4096;
+  double total = 0;
+  for (int64_t begin = 0; begin < size; begin += piece) {
+    const int64_t end = std::min(size, begin + piece);
+    T sum[lanes] = {};
+    int64_t i = begin;
+    for (; i + lanes <= end; i += lanes) {
+      for (int64_t lane = 0; lane < lanes; ++lane) sum[lane] += T(row[i + lane]) * T(row[i + lane]);
     }
-    row.sum = T(total);
+    for (; i < end; ++i) sum[0] += T(row[i]) * T(row[i]);
+    for (T part : sum) total += part;
   }
-};
-
-template <class S>
-struct Scale {
-  static GK_INLINE void run(Row<S>& row) {
-    for (int64_t i = 0; i < row.size; ++i) {
-      row.target[i] = S(row.scale * Accumulator<S>(row.source[i]));
-    }
-  }
-};
+  return T(total);
+}
 
 // Rows worth one thread's while.
 int64_t grain(int64_t row_size) {
@@ -68,9 +41,7 @@ std::tuple<Tensor, Tensor> penalty(const Tensor& gradient, double target) {
     T* norm = static_cast<T*>(norms.mutable_data_ptr());
     torch::stable::parallel_for(0, batch, grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        Row<S> row{source + b * stride, size};
-        run_widest<SumOfSquares<S>>(row);
-        norm[b] = std::sqrt(row.sum);
+        norm[b] = std::sqrt(sum_of_squares(source + b * stride, size));
       }
     });
     double sum = 0;
@@ -96,10 +67,10 @@ Tensor penalty_backward(
     const int64_t out_stride = result.stride(0);
     torch::stable::parallel_for(0, batch, grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        Row<S> row{source + b * stride, size};
-        row.target = out + b * out_stride;
-        row.scale = penalty_scale(norm[b], T(target), upper, T(batch));
-        run_widest<Scale<S>>(row);
+        const S* from = source + b * stride;
+        S* to = out + b * out_stride;
+        const T scale = penalty_scale(norm[b], T(target), upper, T(batch));
+        for (int64_t i = 0; i < size; ++i) to[i] = S(scale * T(from[i]));
       }
     });
   });

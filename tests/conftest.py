@@ -29,6 +29,12 @@ def elsewhere(tmp_path, monkeypatch):
     socket.setdefaulttimeout(timeout)
 
 
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """On a GPU cuDNN would use it by default, or a test before may have switched it on."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def device(request):
     """Each test that asks for it runs on the CPU and, where there is one, on a GPU."""

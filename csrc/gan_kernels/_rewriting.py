@@ -1,0 +1,173 @@
+"""Runs a critic with its operations rewritten so that differentiating twice does no wasted work.
+
+Plain autograd wastes three things in the second pass of a gradient penalty: piecewise-linear
+operations send zeros down through everything below them (_piecewise.py), the second-order weight
+gradient of a convolution is computed as a convolution with a kernel as large as the feature map
+(_convolution.py), and a normalisation's second derivative is dozens of operations (_norm.py).
+
+All derivatives are exact, to any order. An operation too small to pay for its rewriting is left.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from gan_kernels._convolution import CONVOLUTIONS
+from gan_kernels._graph import Asked
+from gan_kernels._norm import NORMS
+from gan_kernels._piecewise import PIECEWISE_LINEAR
+
+# In multiply-adds: what a CPU does while Python rewrites a few operations, or as an element passes.
+LEAST, ELEMENT = 2e7, 10
+
+
+_REWRITTEN = {
+    **CONVOLUTIONS,
+    **NORMS,
+    **{f: lambda asked, *a, g=g, **k: g(*a, **k) for f, g in PIECEWISE_LINEAR.items()},
+}
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+_WEIGHTED = {F.linear, *CONVOLUTIONS, *NORMS}
+_PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
+# The usual operations with curvature: through what is below them gradients flow in any case.
+_CURVED = {
+    *NORMS,
+    *(F.elu, F.gelu, F.silu, F.softplus, F.softmax, F.scaled_dot_product_attention),
+    *(torch.tanh, torch.sigmoid, torch.softmax, torch.sin),
+    *(torch.Tensor.tanh, torch.Tensor.sigmoid, torch.Tensor.softmax),
+}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _traced(function, rewritten):
+    """Return rewritten as one call that torch.compile keeps in its graph without looking inside."""
+
+    def call(*args, **kwargs):
+        y = rewritten(None, *args, **kwargs)
+        return function(*args, **kwargs) if y is NotImplemented else y
+
+    return torch.compiler.allow_in_graph(call)
+
+
+_TRACED = {function: _traced(function, rewritten) for function, rewritten in _REWRITTEN.items()}
+
+
+class _WithZeros(Function):
+    """value, and a gradient of zeros for each of parameters."""
+
+    @staticmethod
+    def forward(ctx, value, *parameters):
+        ctx.parameters = parameters
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, *map(torch.zeros_like, ctx.parameters)
+
+
+@torch.compiler.allow_in_graph
+def with_zeros(value, *parameters):
+    """Return value, giving each of parameters a gradient of zeros beside any other it gets."""
+    return _WithZeros.apply(value, *parameters)
+
+
+class Rewriting(TorchFunctionMode):
+    """While active, operations on tensors that require grad run in their rewritten form.
+
+    `changed` tells whether any did. `silenced` holds the graph nodes of the operations that would
+    have sent zeros down, `weighted` pairs of the node of a weighted operation and its weight,
+    `biased` the same for biases that plain autograd gives zeros.
+    """
+
+    def __init__(self, x):
+        super().__init__()
+        self.asked = Asked(x)
+        self.work = 0
+        self.changed, self.silenced, self.weighted, self.biased = False, [], [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        y = self._rewritten(func, args, kwargs) if func in _REWRITTEN else NotImplemented
+        if func in _ATTENTION:  # of its forms one can be differentiated twice
+            self.changed = True
+            with sdpa_kernel(SDPBackend.MATH):
+                y = func(*args, **kwargs)
+        elif y is NotImplemented:
+            y = func(*args, **kwargs)
+        else:
+            self.changed = True
+            if func in PIECEWISE_LINEAR:
+                # in place on a view, it is the view's base whose node stands in the graph
+                self.silenced.append((y._base if y._is_view() else y).grad_fn)
+            elif func is F.group_norm:
+                bias = kwargs.get("bias", args[3] if args[3:] else None)
+                if bias is not None and bias.is_leaf and bias.requires_grad:
+                    self.biased.append((y.grad_fn, bias))
+        if type(y) is torch.Tensor and y.requires_grad:
+            self.work = ELEMENT * y.numel() + (0 if func in _CURVED else self.work)
+            if func in _PRODUCTS:
+                self.work += y.numel() * args[0].shape[-1]
+            elif func in _WEIGHTED:
+                weight = kwargs.get("weight", args[1] if args[1:] else None)
+                if isinstance(weight, torch.Tensor):
+                    self.weighted.append((y.grad_fn, weight))
+                    self.work += y.numel() * weight[0].numel()
+        return y
+
+    def _silences(self, x):
+        """Whether the zeros of an operation on x would cost more than its rewriting.
+
+        They would go through all that is below, and so make any rewriting there worthless.
+        """
+        return bool(self.silenced) or self.work >= (
+            LEAST if x.device.type == "cpu" else 100 * LEAST
+        )
+
+    def _rewritten(self, func, args, kwargs):
+        """Return the result of func in its rewritten form, or NotImplemented."""
+        if not torch.is_grad_enabled() or _are_functorch_transforms_active():
+            return NotImplemented
+        if _top_saved_tensors_default_hooks(False) is not None:
+            return NotImplemented  # a checkpoint would run it again, and not rewritten
+        x = kwargs["input"] if "input" in kwargs else args[0]
+        if not (isinstance(x, torch.Tensor) and x.requires_grad):
+            return NotImplemented
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and (
+                type(value) not in _PLAIN or not value.is_floating_point()
+            ):
+                return NotImplemented
+        if func in PIECEWISE_LINEAR and not self._silences(x):
+            return NotImplemented
+        return _REWRITTEN[func](self.asked, *args, **kwargs)
+
+
+class TracedRewriting(TorchFunctionMode):
+    """The same in a graph that torch.compile traces and that has no nodes to remember.
+
+    `below` holds the parameters used before the last operation that would have sent zeros down.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.below = [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = (*args, *kwargs.values())
+        self.used += [v for v in values if isinstance(v, torch.nn.Parameter)]
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        if (
+            func not in _REWRITTEN
+            or not torch.is_grad_enabled()
+            or not tensors[0].requires_grad
+            or any(type(t) not in _PLAIN or not t.is_floating_point() for t in tensors)
+        ):
+            return func(*args, **kwargs)
+        if func in PIECEWISE_LINEAR:
+            self.below, self.used = self.below + self.used, []
+        return _TRACED[func](*args, **kwargs)
