@@ -8,15 +8,8 @@ namespace {
 constexpr int64_t lanes = 32;
 
 template <class T>
-struct Call {
-  Groups groups;
-  const T *h, *g, *x, *mean, *rstd, *weight;  // weight may be null
-  T *to_g, *to_x, *to_weight;
-};
-
-template <class T>
 struct Part {
-  const Call<T>& call;
+  const NormCall<T>& call;
   int64_t first, last;
 };
 
@@ -51,7 +44,7 @@ struct SecondDerivative {
   }
 
   template <bool elementwise>
-  static GK_INLINE void both_passes(const Call<T>& call, int64_t group) {
+  static GK_INLINE void both_passes(const NormCall<T>& call, int64_t group) {
     const Groups& groups = call.groups;
     const T mean = call.mean[group], rstd = call.rstd[group], size = T(groups.size());
     const T* weights =
@@ -107,24 +100,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
     int64_t weight_groups,
     int64_t segments,
     bool strided) {
-  const Groups groups =
-      check_norm(h, g, x, mean, rstd, weight, weight_groups, segments, strided);
-  Tensor to_g = torch::stable::empty_like(x), to_x = torch::stable::empty_like(x);
-  Tensor to_weight = new_tensor(x, {groups.count, groups.weights}, x.scalar_type());
-  with_type(x.scalar_type(), [&](auto zero) {
-    using T = Accumulator<decltype(zero)>;
-    const auto in = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
-    const auto out = [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
-    const Call<T> call{
-        groups, in(h), in(g), in(x), in(mean), in(rstd), weight ? in(*weight) : nullptr, out(to_g),
-        out(to_x), out(to_weight)};
-    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, groups.size()));
-    torch::stable::parallel_for(0, groups.count, grain, [&](int64_t first, int64_t last) {
-      Part<T> part{call, first, last};
-      run_widest<SecondDerivative<T>>(part);
-    });
-  });
-  return {to_g, to_x, to_weight};
+  return with_norm_call(
+      h, g, x, mean, rstd, weight, weight_groups, segments, strided, [](const auto& call) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(call.h)>>;
+        const int64_t size = std::max<int64_t>(1, call.groups.size());
+        const int64_t grain = std::max<int64_t>(1, 16384 / size);
+        torch::stable::parallel_for(0, call.groups.count, grain, [&](int64_t first, int64_t last) {
+          Part<T> part{call, first, last};
+          run_widest<SecondDerivative<T>>(part);
+        });
+      });
 }
 
 }  // namespace

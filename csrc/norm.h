@@ -91,4 +91,40 @@ inline Groups check_norm(
       strided ? count * length : length, weight_groups, weights};
 }
 
+// One call: the arguments and the results, and how they lie.
+template <class T>
+struct NormCall {
+  Groups groups;
+  const T *h, *g, *x, *mean, *rstd, *weight;  // weight may be null
+  T *to_g, *to_x, *to_weight;
+};
+
+// Checks the arguments, makes the results and lets compute(call), the device's part, fill them.
+template <class Compute>
+std::tuple<Tensor, Tensor, Tensor> with_norm_call(
+    const Tensor& h,
+    const Tensor& g,
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const std::optional<Tensor>& weight,
+    int64_t weight_groups,
+    int64_t segments,
+    bool strided,
+    const Compute& compute) {
+  const Groups groups =
+      check_norm(h, g, x, mean, rstd, weight, weight_groups, segments, strided);
+  Tensor to_g = torch::stable::empty_like(x), to_x = torch::stable::empty_like(x);
+  Tensor to_weight = new_tensor(x, {groups.count, groups.weights}, x.scalar_type());
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = Accumulator<decltype(zero)>;
+    const auto in = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
+    const auto out = [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+    compute(NormCall<T>{
+        groups, in(h), in(g), in(x), in(mean), in(rstd), weight ? in(*weight) : nullptr, out(to_g),
+        out(to_x), out(to_weight)});
+  });
+  return {to_g, to_x, to_weight};
+}
+
 }  // namespace gan_kernels

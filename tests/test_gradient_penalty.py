@@ -1,6 +1,7 @@
 """gradient_penalty against plain double backward: same values, same gradients, same absences."""
 
 import copy
+import dataclasses
 import itertools
 import random
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from gan_kernels import _convolution, _norm, _penalty, _rewriting, gradient_penalty
+from gan_kernels import _convolution, _graph, _norm, _penalty, _rewriting, gradient_penalty
 from gan_kernels._penalty import _Penalty
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -636,7 +637,7 @@ def test_what_is_too_small_runs_plainly(device):
     """Bit for bit, and after one look without looking again."""
     critic, x = small_critic(dtype=torch.float32, device=device)
     parameters = list(critic.parameters())
-    with _rewriting.Rewriting(x) as rewriting:
+    with _rewriting.Rewriting(_graph.Asked(x)) as rewriting:
         critic(x.requires_grad_())
     assert not rewriting.changed
     first, second = (gradients(gradient_penalty(critic, x), parameters) for _ in range(2))
@@ -645,6 +646,23 @@ def test_what_is_too_small_runs_plainly(device):
     assert_same_gradients(first, gradients(plain_penalty(critic, x)[0], parameters), 1e-6)
     gradient_penalty(critic, torch.cat([x, x]))
     assert _penalty._unchanged[critic] == [torch.Size([2 * len(x), *x.shape[1:]]), 0]
+
+
+@dataclasses.dataclass
+class Scaled:
+    """A critic that has no hash, and so cannot be remembered by itself."""
+
+    factor: float
+
+    def __call__(self, x):
+        return self.factor * x.square().sum(1)
+
+
+def test_a_critic_without_a_hash(device):
+    x = torch.randn(4, 3, dtype=torch.float64, device=device)
+    want, _ = plain_penalty(Scaled(1.5), x)
+    for _ in range(2):
+        torch.testing.assert_close(gradient_penalty(Scaled(1.5), x), want)
 
 
 def test_what_is_refused_is_refused_clearly(device):

@@ -112,11 +112,8 @@ class _Convolution(Function):
         if g is None:
             return (None,) * 5
         x, w, b = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        if ctx.asked is not None:
-            need_x = need_x and ctx.asked.input(x)
-            need_w = need_w and ctx.asked.weight(w)
-            need_b = need_b and ctx.asked.weight(b)
+        needed = ctx.needs_input_grad[:3]
+        need_x, need_w, need_b = ctx.asked.of(needed, x, w, b) if ctx.asked else needed
         if torch.is_grad_enabled():
             gx = _InputGradient.apply(g, w, x.detach(), ctx.conf) if need_x else None
             gw = _WeightGradient.apply(g, x, w.detach(), ctx.conf) if need_w else None

@@ -13,32 +13,36 @@ class Asked:
     def __init__(self, x):
         self.x, self.first_pass = x, None  # None while the critic runs and may ask for any
 
-    def input(self, tensor):
-        """Whether the gradient of an operation's input is wanted."""
-        return self.first_pass is not False or _leads(tensor, lambda leaf: leaf is not self.x)
+    def of(self, needed, x, w, b):
+        """Return which gradients of an operation on x with weight w and bias b are wanted.
 
-    def weight(self, tensor):
-        """Whether the gradient of an operation's weight or bias is wanted."""
-        return not self.first_pass or (
-            tensor.grad_fn is not None and _leads(tensor, lambda leaf: leaf is self.x)
-        )
+        `needed` tells which of the three require one.
+        """
+        need_x, need_w, need_b = needed
+        if self.first_pass is None:
+            return need_x, need_w, need_b
+        if self.first_pass:
+            return need_x, *(
+                need and not t.is_leaf and any(leaf is self.x for leaf in leaves(t))
+                for need, t in ((need_w, w), (need_b, b))
+            )
+        return need_x and any(leaf is not self.x for leaf in leaves(x)), need_w, need_b
 
 
-def _leads(tensor, to):
-    """Whether the graph below tensor has a leaf for which to(leaf) holds."""
+def leaves(tensor):
+    """Yield the leaves of the graph that tensor, which requires grad, stands on."""
     if tensor.grad_fn is None:
-        return to(tensor)
+        yield tensor
+        return
     seen, stack = set(), [tensor.grad_fn]
     while stack:
         node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and to(leaf):
-            return True
+        if hasattr(node, "variable"):
+            yield node.variable
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return False
 
 
 def node(function, *args):

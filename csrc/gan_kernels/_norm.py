@@ -29,8 +29,9 @@ class _Layer(NamedTuple):
         """Return x with a group in dimensions of its own, those, and the weight's shape."""
         return x, list(range(-len(self.shape), 0)), self.shape
 
-    def second(self, h, g, x, mean, rstd, w):
-        return ops.norm_double_backward(h, g, x, mean, rstd, w, 1, 1, False)
+    def layout(self, x):
+        """Return how many groups differ in weights, their segments, and whether they alternate."""
+        return 1, 1, False
 
 
 class _Group(NamedTuple):
@@ -53,9 +54,8 @@ class _Group(NamedTuple):
         n, channels, size, count = self.sizes(x)
         return x.view(n, count, channels // count, size), [2, 3], (count, channels // count, 1)
 
-    def second(self, h, g, x, mean, rstd, w):
-        segments = x.shape[1] // self.count
-        return ops.norm_double_backward(h, g, x, mean, rstd, w, self.count, segments, False)
+    def layout(self, x):
+        return self.count, x.shape[1] // self.count, False
 
 
 class _Batch(NamedTuple):
@@ -77,9 +77,8 @@ class _Batch(NamedTuple):
     def groups(self, x):
         return x.view(*x.shape[:2], -1), [0, 2], (x.shape[1], 1)
 
-    def second(self, h, g, x, mean, rstd, w):
-        n, channels = x.shape[:2]
-        return ops.norm_double_backward(h, g, x, mean, rstd, w, channels, n, True)
+    def layout(self, x):
+        return x.shape[1], x.shape[0], True
 
 
 def _normalised(x, norm):
@@ -121,7 +120,7 @@ class _InputGradient(Function):
             found = iter(torch.autograd.grad(result, wanted, h, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None, None
         tensors = [t if t is None else t.contiguous() for t in (h, g, x, mean, rstd, w)]
-        gg, gx, gw = ctx.norm.second(*tensors)
+        gg, gx, gw = ops.norm_double_backward(*tensors, *ctx.norm.layout(x))
         gw = gw.view(-1, w.numel()).sum(0).view(w.shape) if needed[2] else None
         return gg, gx, gw, None, None, None
 
@@ -142,16 +141,15 @@ class _Normalise(Function):
         if g is None:
             return (None,) * 5
         x, w, b, mean, rstd = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        need_x = need_x and ctx.asked.input(x)
-        need_w = need_w and ctx.asked.weight(w)
-        need_b = need_b and ctx.asked.weight(b)
+        need_x, need_w, need_b = ctx.asked.of(ctx.needs_input_grad[:3], x, w, b)
         if torch.is_grad_enabled():
             gx = _InputGradient.apply(g, x, w, mean, rstd, ctx.norm) if need_x else None
-            n, _, _, shape = _normalised(x, ctx.norm)
-            u = g.reshape(n.shape)
-            gw = (u * n).sum_to_size(shape).view(w.shape) if need_w else None
-            gb = u.sum_to_size(shape).view(b.shape) if need_b else None
+            gw = gb = None
+            if need_w or need_b:
+                n, _, _, shape = _normalised(x, ctx.norm)
+                u = g.reshape(n.shape)
+                gw = (u * n).sum_to_size(shape).view(w.shape) if need_w else None
+                gb = u.sum_to_size(shape).view(b.shape) if need_b else None
             return gx, gw, gb, None, None
         gx, gw, gb = ctx.norm.backward(g, x, w, b, mean, rstd, [need_x, need_w, need_b])
         return gx, gw, gb, None, None

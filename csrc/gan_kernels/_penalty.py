@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from gan_kernels._graph import Asked
+from gan_kernels._graph import Asked, leaves
 from gan_kernels._library import ops, usable
 from gan_kernels._rewriting import Rewriting, TracedRewriting, with_zeros
 
@@ -101,10 +101,7 @@ def _silent_parameters(scores, x, rewritten):
     left_out = {id(x)}
     for node, weight in rewritten.weighted:
         if node in leads_to_x:
-            left_out.add(id(weight))
-            if weight.grad_fn is not None:  # it is computed from parameters
-                leaves = _walk(weight.grad_fn)
-                left_out.update(id(leaf.variable) for leaf in leaves if hasattr(leaf, "variable"))
+            left_out.update(map(id, leaves(weight)))  # a weight may be computed from parameters
     below = leads_to_x.intersection(rewritten.silenced)
     silent = [bias for node, bias in rewritten.biased if node in leads_to_x]
     for node in reversed(graph):  # parents before children
@@ -159,6 +156,16 @@ def _check_scores(scores, x):
 _unchanged = weakref.WeakKeyDictionary()
 
 
+def _known(critic):
+    """Return what critics that are the same from call to call share, and can be remembered by."""
+    known = getattr(critic, "__code__", critic)  # a lambda is made anew, its code is not
+    try:
+        hash(known), weakref.ref(known)
+    except TypeError:
+        return type(known)
+    return known
+
+
 def _runs_plainly(critic, x):
     """Whether the critic had nothing worth rewriting; now and then it is looked at again."""
     seen = _unchanged.get(critic)
@@ -171,13 +178,13 @@ def _runs_plainly(critic, x):
 def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
-    known = getattr(critic, "__code__", critic)  # a lambda is made anew, its code is not
-    rewriting = None
+    known, rewriting = _known(critic), None
     gradient = None
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        asked = Asked(x)
         if fused and not _runs_plainly(known, x):
-            rewriting = Rewriting(x)
+            rewriting = Rewriting(asked)
         # A compiled critic runs as it was written: compiled code cannot be differentiated twice.
         with (
             torch.compiler.set_stance("force_eager"),
@@ -185,7 +192,6 @@ def _eager_penalty(critic, x, target):
         ):
             scores = critic(x)
         _check_scores(scores, x)
-        asked = Asked(x) if rewriting is None else rewriting.asked
         if rewriting is not None and _unchanged.get(known, ()) is not None:
             _unchanged[known] = None if rewriting.changed else [x.shape, 0]
         if scores.requires_grad:

@@ -17,13 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gan_kernels._convolution import CONVOLUTIONS
-from gan_kernels._graph import Asked
 from gan_kernels._norm import NORMS
 from gan_kernels._piecewise import PIECEWISE_LINEAR
 
 # In multiply-adds: what a CPU does while Python rewrites a few operations, or as an element passes.
 LEAST, ELEMENT = 2e7, 10
-
 
 _REWRITTEN = {
     **CONVOLUTIONS,
@@ -31,16 +29,24 @@ _REWRITTEN = {
     **{f: lambda asked, *a, g=g, **k: g(*a, **k) for f, g in PIECEWISE_LINEAR.items()},
 }
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-_WEIGHTED = {F.linear, *CONVOLUTIONS, *NORMS}
+_WEIGHTED = {F.linear, *CONVOLUTIONS}
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
 # The usual operations with curvature: through what is below them gradients flow in any case.
 _CURVED = {
     *NORMS,
-    *(F.elu, F.gelu, F.silu, F.softplus, F.softmax, F.scaled_dot_product_attention),
+    *_ATTENTION,
+    *(F.elu, F.gelu, F.silu, F.softplus, F.softmax),
     *(torch.tanh, torch.sigmoid, torch.softmax, torch.sin),
     *(torch.Tensor.tanh, torch.Tensor.sigmoid, torch.Tensor.softmax),
 }
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _applies(x, args, kwargs):
+    """Whether x, the input of an operation, requires grad and all its tensors are plain ones."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    plain = all(type(t) in _PLAIN and t.is_floating_point() for t in tensors)
+    return plain and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _traced(function, rewritten):
@@ -83,10 +89,9 @@ class Rewriting(TorchFunctionMode):
     `biased` the same for biases that plain autograd gives zeros.
     """
 
-    def __init__(self, x):
+    def __init__(self, asked):
         super().__init__()
-        self.asked = Asked(x)
-        self.work = 0
+        self.asked, self.work = asked, 0
         self.changed, self.silenced, self.weighted, self.biased = False, [], [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -129,18 +134,13 @@ class Rewriting(TorchFunctionMode):
 
     def _rewritten(self, func, args, kwargs):
         """Return the result of func in its rewritten form, or NotImplemented."""
-        if not torch.is_grad_enabled() or _are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             return NotImplemented
         if _top_saved_tensors_default_hooks(False) is not None:
             return NotImplemented  # a checkpoint would run it again, and not rewritten
         x = kwargs["input"] if "input" in kwargs else args[0]
-        if not (isinstance(x, torch.Tensor) and x.requires_grad):
+        if not _applies(x, args, kwargs):
             return NotImplemented
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and (
-                type(value) not in _PLAIN or not value.is_floating_point()
-            ):
-                return NotImplemented
         if func in PIECEWISE_LINEAR and not self._silences(x):
             return NotImplemented
         return _REWRITTEN[func](self.asked, *args, **kwargs)
@@ -160,13 +160,9 @@ class TracedRewriting(TorchFunctionMode):
         kwargs = kwargs or {}
         values = (*args, *kwargs.values())
         self.used += [v for v in values if isinstance(v, torch.nn.Parameter)]
-        tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        if (
-            func not in _REWRITTEN
-            or not torch.is_grad_enabled()
-            or not tensors[0].requires_grad
-            or any(type(t) not in _PLAIN or not t.is_floating_point() for t in tensors)
-        ):
+        if func not in _REWRITTEN:
+            return func(*args, **kwargs)
+        if not _applies(kwargs["input"] if "input" in kwargs else args[0], args, kwargs):
             return func(*args, **kwargs)
         if func in PIECEWISE_LINEAR:
             self.below, self.used = self.below + self.used, []
