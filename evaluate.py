@@ -23,14 +23,13 @@ other half of the test set is scored like a generator: it is the ceiling, with a
 - the share of samples that the classifier puts in each class.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
 import importlib
 import io
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -134,9 +133,9 @@ def read_generators(paths, device):
         except Exception as error:  # a damaged file raises many kinds
             raise UsageError(f"{path} is no whole checkpoint: {error!s:.200}") from error
         first = first or state
-        if len(state["shape"]) != 3:
+        if len(state["data"]["shape"]) != 4:
             raise UsageError(f"{path} draws points, not images")
-        if any(state[fact] != first[fact] for fact in ("shape", "classes", "images")):
+        if state["data"] != first["data"]:
             raise UsageError(f"{path} is of other data than {paths[0]}: score them apart")
         name = f"{module.SCRIPT} {Path(path).absolute().parent.name}"
         found[name if name not in found else str(path)] = module, generator
@@ -150,8 +149,7 @@ def read_data(state, data_dir, device):
         raise UsageError(f"the run's data are no longer in {config.data_dir}: give --data-dir")
     config.data_dir = data_dir or config.data_dir
     data = load_data(config, device)
-    facts = {"classes": data.classes, "shape": [*data.train.shape[1:]], "images": len(data.train)}
-    if any(state[name] != fact for name, fact in facts.items()):
+    if state["data"] != {"about": data.classes, "shape": [*data.train.shape]}:
         raise UsageError(f"--data-dir {config.data_dir}: these are not the run's data")
     if len(data.test) < 20:
         raise UsageError(f"{data.name} has {len(data.test)} test images; scores need 20 or more")
@@ -227,12 +225,16 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    parser = arguments()
+    parser, timeout = arguments(), socket.getdefaulttimeout()
     args = parser.parse_args(argv)
     try:
         evaluate(args)
-    except (UsageError, OSError, torch.OutOfMemoryError) as error:
+    except (UsageError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         parser.exit(2, f"{SCRIPT}: error: {error}\n")
+    finally:  # a notebook goes on
+        socket.setdefaulttimeout(timeout)
 
 
 # ================================================================== plumbing

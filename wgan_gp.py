@@ -38,14 +38,9 @@ at x^ and, on sets of points, the critic's level sets (figure 1) and the share o
 - beta1 is the paper's 0 for images; the authors' code for MNIST has 0.5.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import functools
-import glob
 import io
-import itertools
 import json
 import math
 import os
@@ -60,11 +55,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, make_swiss_roll
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
@@ -86,7 +80,11 @@ SETS = {  # data sets of this script's own
 # ------------------------------------------------------------------ arguments
 def arguments():
     """The paper's settings as flags, beside those that every script has."""
-    parser = run_arguments("WGAN-GP (Gulrajani et al. 2017).", image_sizes=(28, 32, 64))
+    parser = run_arguments("WGAN-GP (Gulrajani et al. 2017).")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
+    add("--data-dir", default="data", help="of data sets; or your own images")
+    add("--image-size", type=int, choices=(28, 32, 64), default=32, help="of a folder")
     group = parser.add_argument_group("WGAN-GP", "None, but for --clip: what suits the data")
     add, rate, network = group.add_argument, at_least(0, float), ("auto", "resnet")
     add("--network", choices=network, default="auto", help="resnet: the paper's CIFAR networks")
@@ -371,7 +369,7 @@ class Model(nn.Module):
 
     def __init__(self, args, data):
         super().__init__()
-        self.args, self.images_per_step = args, args.n_critic * args.batch_size
+        self.args, self.samples_per_step = args, args.n_critic * args.batch_size
         self.real = data.train[:1000]  # for pictures of points
         shape, network = data.train.shape[1:], args.network
         self.generator = Generator(shape, args.noise, args.dim, network)
@@ -379,7 +377,7 @@ class Model(nn.Module):
         self.to(data.train.device, memory_format=torch.channels_last)
         steps = args.decay_steps
         if steps is None:
-            steps = args.epochs * (len(data.train) // self.images_per_step)
+            steps = args.epochs * (len(data.train) // self.samples_per_step)
         self.optimizer_g = make_optimizer(self.generator, args, steps)
         self.optimizer_d = make_optimizer(self.critic, args, steps * args.n_critic)
         self.optimizers = [self.optimizer_g, self.optimizer_d]
@@ -444,20 +442,25 @@ def load_generator(path, device="cpu"):
     """The trained generator of a checkpoint, for `sample(load_generator(path), 64)`."""
     state = load_checkpoint(path)
     settings = [state["config"][name] for name in ("noise", "dim", "network")]
-    generator = Generator(state["shape"], *settings)
+    generator = Generator(state["data"]["shape"][1:], *settings)
     weights = state["model"].items()
     generator.load_state_dict({k[10:]: w for k, w in weights if k.startswith("generator.")})
     return generator.eval().requires_grad_(False).to(device)
 
 
-def generate(args, path):
+def generate(args):
     """--generate: a grid of a hundred images, or a thousand points."""
-    save_picture(load_generator(args.generate, choose_device(args.device)), path, args.seed)
+    path = Path(args.out or "grid.png")
+    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--out {path}: no picture is written as {path.suffix}; .png or .jpg is")
+    generator = load_generator(args.generate, choose_device(args.device))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(generator, path if path.suffix else f"{path}.png", args.seed)
 
 
 def save_samples(model, path):
     """A picture of fixed noise; of points with the critic's level sets."""
-    save_picture(model.generator, path, critic=model.critic, real=model.real)
+    save_picture(model.generator, f"{path}.png", critic=model.critic, real=model.real)
 
 
 def save_picture(generator, path, seed=0, critic=None, real=None):
@@ -480,7 +483,8 @@ def save_picture(generator, path, seed=0, critic=None, real=None):
         axis.plot(*real.T.cpu().numpy(), ".", color="orange", markersize=2, label="data")
     axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))
     axis.legend(loc="upper right")
-    figure.savefig(path, dpi=100)
+    figure.savefig(picture := io.BytesIO(), dpi=100)
+    Image.open(picture).convert("RGB").save(path)  # in formats that matplotlib has not, too
 
 
 # ------------------------------------------------------------------ evaluation and figures
@@ -527,7 +531,7 @@ def finish(model, data, folder, rows):
     """The pictures of a finished run, and what its summary.json has beside the last row."""
     save_curves(folder / "curves.png", rows)
     if data.train.ndim == 2:
-        save_samples(model, folder / "levels.png")
+        save_samples(model, folder / "levels")
     mixture = modes(data.name)
     return mode_figures(sample(model.generator, 10_000), *mixture) if mixture else {}
 
@@ -569,14 +573,11 @@ def at_least(low, kind=int, high=1e9):
     return number
 
 
-def run_arguments(description, image_sizes=(28, 32)):
+def run_arguments(description):
     """A parser with the flags that every script has."""
     parser = argparse.ArgumentParser(SCRIPT, description=description)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add, sets = parser.add_argument, ("auto", *PUBLIC, "digits", "folder", *SETS)
-    add("--dataset", choices=sets, default="auto", help="auto: MNIST, or else digits")
-    add("--data-dir", default="data", help="where data sets are kept; or your own images")
-    add("--image-size", type=int, choices=image_sizes, default=32, help="of --dataset folder")
+    add = parser.add_argument
     add("--epochs", type=at_least(1), help="passes over the data; None: what suits them")
     add("--batch-size", type=at_least(2), help="over all processes; None: what suits the data")
     add("--max-steps", type=at_least(1), help="end the run after so many updates")
@@ -586,26 +587,22 @@ def run_arguments(description, image_sizes=(28, 32)):
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="bf16: autocast")
     add("--no-graph", action="store_true", help="on CUDA, launch each operation by itself")
     add("--kernels", choices=("auto", "fused", "reference"), default="auto", help="gan_kernels")
-    add("--out", help="the run's folder; or --generate's picture")
+    add("--out", help="the run's folder; or --generate's file")
     add("--resume", type=os.path.normpath, metavar="CHECKPOINT", help="go on with its run")
     add("--generate", metavar="CHECKPOINT", help="draw from its generator, train nothing")
     return parser
 
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 # --- end shared ---
 
 
 # --- shared: data ---
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-PUBLIC = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10"}
-# uint8 images (n, channels, size, size) or points (n, 2), and int64 labels, on the device
-Data = namedtuple("Data", "name classes train train_labels test test_labels")
-
-
 def load_data(args, device):
     """The set asked for; auto is MNIST or, where that can not be had, scikit-learn's digits."""
-    name, folder = "mnist" if args.dataset == "auto" else args.dataset, Path(args.data_dir)
-    own = {"digits": digits_set, "folder": lambda: folder_set(folder, args.image_size), **SETS}
+    args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
+    name, folder = "mnist" if args.dataset == "auto" else args.dataset, args.data_dir
+    own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
@@ -614,23 +611,29 @@ def load_data(args, device):
             raise UsageError(reason) from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
+    args.dataset = name  # a run begun with "auto" goes on with the same set
+    if len(tensors) == 2:  # of each class every fifth is held out, and never the only one
+        images, labels = tensors
+        test = torch.zeros(len(images), dtype=torch.bool)
+        for label in labels.unique():
+            test[(labels == label).nonzero()[1::5]] = True
+        tensors = images[~test], labels[~test], images[test], labels[test]
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
 
 def torchvision_set(name, folder):
     """Classes, and images and labels of both parts, downloaded where they are not there."""
     socket.setdefaulttimeout(5)  # a network that never answers is no network
-    key, *parts = ("split", "train", "test") if name == "svhn" else ("train", True, False)
-    tensors = []
-    for part in parts:
-        found = getattr(datasets, PUBLIC[name])(folder, download=True, **{key: part})
+    kind, tensors = getattr(datasets, PUBLIC[name]), []
+    for part in ("train", "test"):
+        choice = {"split": part} if name == "svhn" else {"train": part == "train"}
+        found = kind(folder, download=True, **choice)
         images = torch.as_tensor(found.data)
-        images = images.permute(0, 3, 1, 2) if name == "cifar10" else images
-        images = images[:, None] if images.ndim == 3 else images.contiguous()
+        images = images.movedim(3, 1) if name == "cifar10" else images
         labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
         if len(images) != len(labels) or labels.max() > 9 or images[0].numel() not in (784, 3072):
             raise ValueError("its images and labels do not fit; delete the files")
-        tensors += images, labels
+        tensors += images.view(len(images), -1, *images.shape[-2:]), labels
     return getattr(found, "classes", list("0123456789")), *tensors
 
 
@@ -639,24 +642,27 @@ def digits_set():
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * 255 / 16
     images = F.interpolate(images, size=28, mode="bicubic").round().clamp(0, 255).byte()
-    return list("0123456789"), *hold_out(images, torch.tensor(digits.target))
+    return list("0123456789"), images, torch.tensor(digits.target)
 
 
-def folder_set(folder, size):
+def folder_set(args):
     """All images below a folder, cropped square and resized; its sub-folders are the classes."""
-    found = sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # but for hidden names
-    runs = tuple(name[:-11] for name in found if name.endswith(f"{os.sep}metrics.csv"))
-    names = [n for n in found if n.lower().endswith(IMG_EXTENSIONS) and (folder / n).is_file()]
-    names = [n for n in names if not n.startswith(runs)]  # a run's pictures are no data
-    parents = [n.split(os.sep)[0] if os.sep in n else "" for n in names]
+    folder, size, images, paths = Path(args.data_dir), args.image_size, [], []
+    folders, seen = [folder], {Path(args.out).resolve()} if args.out else set()
+    for parent in folders:  # which grows
+        if parent.resolve() in seen or (parent / "metrics.csv").exists():  # linked twice, or a run
+            continue
+        seen.add(parent.resolve())
+        inside = sorted(path for path in parent.iterdir() if not path.name.startswith("."))
+        folders += [path for path in inside if path.is_dir()]
+        paths += [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()]
+    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes, labels = np.unique(parents, return_inverse=True)
-    if len(names) == len(classes):
-        holds = "holds no two images of a class" if folder.is_dir() else "is no (unpacked) folder"
-        raise UsageError(f"it {holds} ({' '.join(IMG_EXTENSIONS)})")
-    images = []
-    for name in tqdm(names, desc="reading images", disable=None if sys.stderr else True):
+    if len(paths) == len(classes):
+        raise UsageError(f"--out apart, no two images of a class ({' '.join(IMG_EXTENSIONS)})")
+    for path in tqdm(paths, desc="reading images", disable=None if sys.stderr else True):
         try:
-            image = ImageOps.exif_transpose(Image.open(folder / name))
+            image = ImageOps.exif_transpose(Image.open(path))
             if image.mode in ("I", "F"):
                 raise ValueError("32-bit or floating-point values; save it with 8 or 16 bits")
             if image.mode.startswith("I;16"):
@@ -665,19 +671,15 @@ def folder_set(folder, size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise UsageError(f"{name}: {error}") from error
+            raise UsageError(f"{path}: {error}") from error
         images.append(torch.tensor(np.asarray(image)).view(size, size, -1).permute(2, 0, 1))
-    return classes.tolist(), *hold_out(torch.stack(images), torch.tensor(labels))
+    return classes.tolist(), torch.stack(images), torch.tensor(labels)
 
 
-def hold_out(images, labels):
-    """Training images and labels, test images and labels: of each class every fifth is held out."""
-    test = torch.zeros(len(images), dtype=torch.bool)
-    for label in labels.unique():
-        test[(labels == label).nonzero()[1::5]] = True  # and never the only one
-    return images[~test], labels[~test], images[test], labels[test]
-
-
+PUBLIC = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10"}
+DATASETS = ("auto", *PUBLIC, "digits", "folder", *SETS)
+# uint8 images (n, channels, size, size) or points (n, 2), and int64 labels, on the device
+Data = namedtuple("Data", "name classes train train_labels test test_labels")
 # --- end shared ---
 
 
@@ -689,26 +691,23 @@ def train(args, state=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
         dist.barrier()  # the first process downloads
-    args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     data = load_data(args, device)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-    args.dataset = data.name  # a run begun with "auto" goes on with the same set
     args.out = args.out or f"runs/{SCRIPT}-{data.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     suit(args, data)
     torch.manual_seed(args.seed)  # the same weights in every process
     model, folder, n = Model(args, data), Path(args.out), len(data.train)
-    if model.images_per_step > n or args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+    if model.samples_per_step > n or args.batch_size % WORLD or args.batch_size < 2 * WORLD:
         raise UsageError(f"--batch-size {args.batch_size}: {n} samples on {WORLD} processes")
-    facts = {"classes": data.classes, "shape": [*data.train.shape[1:]], "images": n}
+    facts = {"about": data[1], "shape": [*data.train.shape]}  # of images data[1] are the classes
+    run = (state or {"rows": []}) | {"script": SCRIPT, "config": vars(args), "data": facts}
     if state is not None:
-        if any(state[name] != fact for name, fact in facts.items()):
-            raise UsageError(f"--data-dir {args.data_dir}: these are not the run's data")
+        if state["data"] != facts:
+            raise UsageError(f"{data.name} {facts['shape']}: these are not the run's data")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(model.optimizers, state["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
-    rows = state["rows"] if state else []
-    run = facts | {"script": SCRIPT, "config": vars(args), "rows": rows}
     if RANK > 0:
         return run_updates(args, model, data, run)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -719,14 +718,14 @@ def train(args, state=None):
         print(f"{SCRIPT}: {data.name}, {n:,} samples, {device}, {folder}")
         run_updates(args, model, data, run)
         summary = vars(args) | {"script": SCRIPT, "device": device.type, "kernels": model.kernels}
-        summary |= rows[-1] | finish(model.eval(), data, folder, rows)
+        summary |= run["rows"][-1] | finish(model.eval(), data, folder, run["rows"])
         write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
 
 
 def run_updates(args, model, data, state):
-    """Adds rows of losses to the state; a stage ends with figures, a picture and a checkpoint."""
+    """Adds rows of losses to the state; a stage ends with figures, samples and a checkpoint."""
     device, folder, rows = data.train.device, Path(args.out), state["rows"]
-    size, epoch_steps = model.images_per_step, len(data.train) // model.images_per_step
+    size, epoch_steps = model.samples_per_step, len(data.train) // model.samples_per_step
     stage = epoch_steps * math.ceil(100 / epoch_steps)  # whole epochs, of 100 updates or more
     total = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     done, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0)
@@ -747,8 +746,8 @@ def run_updates(args, model, data, state):
             continue
         average(means := torch.stack(losses).mean(dim=0))
         losses.clear()
-        if not (means.sum() + get_total_norm(model.parameters())).isfinite():
-            raise UsageError(f"nan by update {step}; lower the rates of {folder}/checkpoint.pt")
+        if not (means.sum() + nn.utils.get_total_norm(model.parameters())).isfinite():
+            raise FloatingPointError(f"nan by update {step}; lower the learning rates")
         row = {"step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - started}
         rows.append(row | dict(zip(named, means.tolist())))
         if RANK > 0:
@@ -758,7 +757,7 @@ def run_updates(args, model, data, state):
         table = [names, *([row.get(name, "") for name in names] for row in rows), []]
         write_file(folder / "metrics.csv", "\n".join(",".join(map(str, x)) for x in table).encode())
         if measuring:  # the checkpoint last: what is missing after a kill is made again
-            save_samples(model, folder / "samples" / f"{step:07d}.png")
+            save_samples(model, folder / "samples" / f"{step:07d}")
             state["model"] = model.train().state_dict()
             state["optimizers"] = [x.state_dict()["state"] for x in model.optimizers]
             torch.save(state, buffer := io.BytesIO())
@@ -769,17 +768,16 @@ def run_updates(args, model, data, state):
 
 def stepper(args, model, device):
     """train_step as a function of a batch alone; on CUDA captured in a graph and replayed."""
-    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    bf16, calls, kept = args.precision == "bf16", itertools.count(), []
+    tf32, bf16 = args.precision == "tf32", args.precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     cast = torch.autocast(device.type, torch.bfloat16, bf16, False)  # a cache would be stale
-    step = cast(functools.partial(train_step, model))
+    step, warm, kept = cast(functools.partial(train_step, model)), iter(range(3)), []
     for optimizer in model.optimizers:
         parameters = optimizer.param_groups[0]["params"]
         optimizer.register_step_pre_hook(lambda *_, own=parameters: average(*(p.grad for p in own)))
 
     def replay(*batch):
-        if next(calls) < 3:  # what is set up once must be there before the capture
+        if next(warm, None) is not None:  # what is set up once must be there before the capture
             return step(*batch)
         if not kept:
             kept.extend([[x.clone() for x in batch], torch.cuda.CUDAGraph()])
@@ -802,19 +800,24 @@ def average(*tensors):
 
 def load_checkpoint(path):
     """A checkpoint of this script, on the CPU."""
+    flags = vars(arguments().parse_args([])).keys()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT or "shape" not in state:
+        if state["script"] != SCRIPT or flags - state["config"].keys():
             raise ValueError(f"it is of {state['script']}, or of another version")
+        return {name: state[name] for name in ("config", "data", "rows", "model", "optimizers")}
     except Exception as error:  # a damaged file raises many kinds
         raise UsageError(f"{path} is no whole checkpoint of {SCRIPT}: {error!s:.99}") from error
-    return state
 
 
 def write_file(path, content):
     """Writes bytes under a temporary name and renames it: the file is the old or the new, whole."""
-    path.with_suffix(".tmp").write_bytes(content)
-    os.replace(path.with_suffix(".tmp"), path)
+    part = path.with_suffix(".tmp")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there was no room for all of it
 
 
 def choose_device(name):
@@ -830,39 +833,43 @@ def choose_device(name):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends in a message on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, state = arguments(), None
+    threads, timeout = torch.get_num_threads(), socket.getdefaulttimeout()
     args = parser.parse_args(argv)
     try:
         if args.generate:
-            path = Path(args.out or "grid.png").with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return generate(args, path)
+            return generate(args)
         if args.resume:
             state, folder = load_checkpoint(args.resume), Path(args.resume).parent
             kept = state["config"] | {"out": str(folder), "resume": str(folder / "checkpoint.pt")}
-            parser.set_defaults(**kept)
-            args = parser.parse_args(argv)
-            free = {"epochs", "max_steps", "log_every", "device", "data_dir", "lr", "lr_d", "lr_g"}
-            for name in sorted(kept.keys() - free):
-                if getattr(args, name) != kept[name]:
+            args = parser.parse_args(argv, argparse.Namespace(**kept))
+            free = ("epochs", "max_steps", "log_every", "device", "data", "lr")  # data_dir, too
+            for name in sorted(kept):
+                if not name.startswith(free) and getattr(args, name) != kept[name]:
                     raise UsageError(f"--{name.replace('_', '-')}: the run has {kept[name]}")
         train(args, state)
         if WORLD > 1:  # after an error it would wait for the others
             dist.destroy_process_group()
-    except Timeout:
-        parser.exit(2, f"{SCRIPT}: error: another process is at the run {args.out}; stop it\n")
-    except (UsageError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"{SCRIPT}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}: stopped; go on by --resume {args.out}/checkpoint.pt\n")
+    except (FloatingPointError, KeyboardInterrupt) as stop:
+        last = Path(f"{args.out}/checkpoint.pt")
+        way = f"go on by --resume {last}" if last.exists() else "no checkpoint was written"
+        parser.exit(2 if stop.args else 130, f"{SCRIPT}: error: {str(stop) or 'stopped'}; {way}\n")
+    except (UsageError, OSError, RuntimeError) as error:
+        advice = "; smaller --batch-size or networks need less" * ("memory" in str(error))
+        if isinstance(error, RuntimeError) and not advice:
+            raise
+        parser.exit(2, f"{SCRIPT}: error: {error}{advice}\n")
+    finally:  # a notebook goes on
+        torch.set_num_threads(threads)
+        socket.setdefaulttimeout(timeout)
 
 
 # --- end shared ---
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # what is the process's, and not to be changed under a notebook
     os.environ["MPLBACKEND"] = "agg"  # a notebook asks for its own, which may be missing here
+    for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()

@@ -38,7 +38,7 @@ def measure(name):
     script.suit(args, data)
     model = script.Model(args, data)
     step = script.stepper(args, model, device)
-    index = torch.arange(model.images_per_step, device=device)[script.RANK :: script.WORLD]
+    index = torch.arange(model.samples_per_step, device=device)[script.RANK :: script.WORLD]
     for i in range(WARM + UPDATES):
         if i == WARM:
             dist.barrier()

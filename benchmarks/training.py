@@ -78,8 +78,10 @@ def whole_update(script, kernels, mode, images):
     for name in ("generator", "discriminator", "critic"):
         if mode == GPU_MODES[2] and hasattr(model, name):
             getattr(model, name).compile()
-    index = torch.randperm(len(images), device=images.device)[: model.images_per_step]
-    return lambda: step(index), model.images_per_step
+    older = not hasattr(model, "samples_per_step")  # the versions up to 25 November 2026
+    taken = model.images_per_step if older else model.samples_per_step
+    index = torch.randperm(len(images), device=images.device)[:taken]
+    return lambda: step(index), taken
 
 
 def kernels_of(update, seconds):

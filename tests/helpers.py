@@ -123,7 +123,7 @@ def without_method(script, step=no_step, patch=setattr):
     """Leaves the plumbing alone: nothing is measured or drawn, and step is train_step."""
     patch(script, "train_step", step)
     patch(script, "evaluate", lambda model, data: {})
-    patch(script, "save_samples", lambda model, path: path.write_bytes(b"a picture"))
+    patch(script, "save_samples", lambda model, path: Path(f"{path}.png").write_bytes(b"a picture"))
     patch(script, "finish", lambda *args: {})
 
 

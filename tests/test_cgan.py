@@ -266,7 +266,7 @@ def test_samples_have_a_row_for_each_label(monkeypatch):
         model.generator, "forward",
         lambda noise, label: (label / 5 - 1).float().view(-1, 1, 1, 1).expand(-1, 1, 28, 28),
     )  # fmt: skip
-    cgan.save_samples(model, "rows.png")
+    cgan.save_samples(model, "rows")
     with Image.open("rows.png") as image:
         assert image.size == (10 * 30 + 2, 10 * 30 + 2)
         for row in range(10):

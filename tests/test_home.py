@@ -3,6 +3,7 @@
 Threads, moved data, small sets: test_runs.py; evaluate.py's streams and names: test_evaluate.py.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -104,6 +105,16 @@ def test_class_folders_may_be_links():
     assert data.classes == ["bird", "cat", "dog"] and count(data) == 15
 
 
+@pytest.mark.parametrize("links", [["again"], ["cat/up"], ["again", "cat/up", "dog/up"]])
+def test_links_that_lead_back_multiply_no_picture(links):
+    """Of several ways around one would make paths without end."""
+    write_pictures("pictures")
+    for link in links:
+        Path("pictures", link).symlink_to(".." if "/" in link else ".")
+    data = load("pictures")
+    assert data.classes == ["cat", "dog"] and count(data) == 10
+
+
 def test_pictures_of_runs_are_no_data(run):
     """--data-dir . twice, so that runs/ is there; and a run whose folder is among the data."""
     write_pictures(".")
@@ -113,6 +124,17 @@ def test_pictures_of_runs_are_no_data(run):
     assert len(names("runs")) == 2 and "0000001.png" in names("cat/run/samples")
     data = load(".")
     assert data.classes == ["cat", "dog"] and count(data) == 10
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_out_is_not_the_folder_of_pictures(link, run, capsys):
+    write_pictures("pictures")
+    out = "link" if link else "pictures/../pictures"
+    Path("link").symlink_to("pictures")
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        run("pictures", "--out", out)
+    assert stop.value.code == 2 and "--out" in capsys.readouterr().err and files() == before
 
 
 @pytest.mark.parametrize("extension", infogan.IMG_EXTENSIONS)
@@ -127,9 +149,9 @@ def test_folder_that_is_none_is_told_apart_from_one_without_pictures(refused):
     Path("file").write_text("text")
     with zipfile.ZipFile("pictures.zip", "w") as file:
         file.writestr("cat/0.png", b"")
-    for name in ("nowhere", "file", "pictures.zip"):
+    for name, reason in (("nowhere", "No such"), ("file", "Not a"), ("pictures.zip", "Not a")):
         error = refused(name)
-        assert name in error and "is no (unpacked) folder" in error
+        assert name in error and reason in error
     Path("documents").mkdir()
     Path("documents/0.heic").write_text("another format")
     error = refused("documents")
@@ -141,7 +163,7 @@ def test_tilde_is_the_home_folder(run, refused, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     error = refused("~/x")
-    assert str(tmp_path / "home" / "x") in error and "is no (unpacked) folder" in error
+    assert str(tmp_path / "home" / "x") in error and "No such file or directory" in error
     write_pictures("home/x")
     run("~/x", "--out", "run")
     config = json.loads(Path("run/config.json").read_text())
@@ -209,12 +231,15 @@ def test_other_modes_are_read(mode):
 
 
 # ------------------------------------------------------------------ held-out images
-def test_a_fifth_of_each_class_is_held_out_and_never_all_of_it():
+def test_a_fifth_of_each_class_is_held_out_and_never_all_of_it(monkeypatch):
     sizes = [1, 2, 5, 11, 100]
     labels = torch.arange(5).repeat_interleave(torch.tensor(sizes))
     mixed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     for given in (labels, mixed):
-        images, kept, test_images, held = infogan.hold_out(torch.arange(len(given)), given)
+        made = list("abcde"), torch.arange(len(given)), given
+        monkeypatch.setitem(infogan.SETS, "made", lambda made=made: made)
+        args = argparse.Namespace(dataset="made", data_dir="data")
+        _, _, images, kept, test_images, held = infogan.load_data(args, "cpu")
         assert torch.bincount(held, minlength=5).tolist() == [0, 1, 1, 2, 20]
         assert torch.bincount(kept, minlength=5).tolist() == [1, 1, 4, 9, 80]
         assert sorted([*images.tolist(), *test_images.tolist()]) == list(range(len(given)))
@@ -229,7 +254,7 @@ def test_class_of_one_picture_trains_and_classes_of_one_alone_are_refused(refuse
     assert 2 in data.train_labels and 2 not in data.test_labels
     write_pictures("ones", 1)
     error = refused("ones")
-    assert "holds no two images of a class" in error
+    assert "no two images of a class" in error
 
 
 # ------------------------------------------------------------------ streams and notebooks

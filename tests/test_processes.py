@@ -52,7 +52,7 @@ class Toy(nn.Module):
 
     def __init__(self, args, data):
         super().__init__()
-        self.args, self.images_per_step, self.kernels = args, args.batch_size, "reference"
+        self.args, self.samples_per_step, self.kernels = args, args.batch_size, "reference"
         self.layers = nn.Sequential(nn.Linear(784, 8), nn.Tanh(), nn.Linear(8, 1)).double()
         self.optimizers = [torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)]
 

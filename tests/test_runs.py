@@ -1,5 +1,6 @@
 """Whole runs through main([...]): what they leave, stages, resume, every bad input."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -42,7 +43,7 @@ MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
 QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kernels", "reference"]
 SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "12", "--log-every", "10"]
 SMALL += ["--device", "cpu", "--kernels", "reference"]
-FREE = {"epochs", "max_steps", "log_every", "device", "data_dir", "lr", "lr_d", "lr_g"}
+FREE = {"epochs", "max_steps", "log_every", "device", "dataset", "data_dir", "lr", "lr_d", "lr_g"}
 
 
 def shrink_all(patch):
@@ -192,7 +193,7 @@ def test_run_in_colour(script, monkeypatch):
     ]
     flags += ["--categorical", "2"] if script.SCRIPT == "infogan" else []
     script.main([*flags, *SMALL_NETWORKS[script.SCRIPT], "--max-steps", "2", "--out", "run"])
-    assert checkpoint("run")["shape"] == [3, 32, 32] and checkpoint("run")["images"] == 18
+    assert checkpoint("run")["data"] == {"about": ["cat", "dog"], "shape": [18, 3, 32, 32]}
     assert script.SCRIPT != "infogan" or summary("run")["accuracy"] >= 0.5
 
 
@@ -383,12 +384,14 @@ def test_data_that_have_moved(script, refused, capsys, no_figures):
     assert [row["step"] for row in rows("run")] == ["3", "5"]
 
 
-def test_data_of_other_classes(script, finished, refused):
+def test_data_of_other_classes_and_another_set(script, finished, refused):
     shutil.copytree(finished, "run")
+    more = ("--resume", "run/checkpoint.pt", "--epochs", 13)
+    assert "not the run's data" in refused(*more, "--dataset", "digits")
     state = checkpoint("run")
-    state["classes"][0] = "cat"
+    state["data"]["about"][0] = "cat"
     torch.save(state, "run/checkpoint.pt")
-    assert "not the run's data" in refused("--resume", "run/checkpoint.pt", "--epochs", 13)
+    assert "not the run's data" in refused(*more)
 
 
 def test_run_begun_with_auto_is_not_resumed_on_another_set(script, capsys):
@@ -431,10 +434,21 @@ def test_interrupted_run_says_how_to_go_on(script, finished, capsys, monkeypatch
             script.main(small(script, finished, "--out", "run"))
     error = capsys.readouterr().err
     assert stop.value.code == 130 and "Traceback" not in error
-    assert error.endswith("--resume run/checkpoint.pt\n")
+    assert error.endswith("error: stopped; go on by --resume run/checkpoint.pt\n")
     assert checkpoint("run")["rows"][-1]["step"] == 100 and not Path("run/summary.json").exists()
     script.main(["--resume", "run/checkpoint.pt"])
     assert same(weights("run"), weights(finished)) and untimed("run") == untimed(finished)
+
+
+@pytest.mark.parametrize("moment", ["load_data", "train_step"])
+def test_interrupted_before_the_first_checkpoint_it_names_none(
+    moment, script, finished, capsys, monkeypatch
+):
+    monkeypatch.setattr(script, moment, interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script.main(small(script, finished))
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and error.endswith("stopped; no checkpoint was written\n")
 
 
 def test_main_works_in_a_thread(script, finished):
@@ -485,7 +499,7 @@ def test_nan_stops_within_a_row_and_leaves_the_last_good_state(
     with monkeypatch.context() as patch:
         at_update(script, patch, number, spoil)
         error = error_of(script, capsys, *small(script, finished, "--out", "run"))
-    assert "nan by update 110;" in error and "run/checkpoint.pt" in error
+    assert "nan by update 110;" in error and "by --resume run/checkpoint.pt" in error
     assert checkpoint("run")["rows"][-1]["step"] == 100
     assert all(p.isfinite().all() for p in checkpoint("run")["model"].values())
     script.main(["--resume", "run/checkpoint.pt", *rates(script, 1e-5)])
@@ -494,9 +508,8 @@ def test_nan_stops_within_a_row_and_leaves_the_last_good_state(
 
 def test_nan_at_the_end_of_a_stage_is_not_saved(script, finished, capsys, monkeypatch):
     at_update(script, monkeypatch, 100, spoil_loss)
-    assert "nan by update 100;" in error_of(
-        script, capsys, *small(script, finished, "--out", "run")
-    )
+    error = error_of(script, capsys, *small(script, finished, "--out", "run"))
+    assert "nan by update 100;" in error and error.endswith("; no checkpoint was written\n")
     assert not Path("run/checkpoint.pt").exists()
 
 
@@ -513,16 +526,32 @@ def test_folder_that_another_process_writes(script, finished, refused):
     shutil.copytree(finished, "run")
     with FileLock("run/.lock"):
         for flags in (("--resume", "run/checkpoint.pt"), small(script, finished, "--out", "run")):
-            assert "another process" in refused(*flags)
+            assert "run/.lock' could not be acquired" in refused(*flags)
 
 
 # ------------------------------------------------------------------ drawing from a trained model
-def test_generate(script, finished):
-    script.main(["--generate", str(finished / "checkpoint.pt"), "--out", "new/dir/a.png"])
-    with Image.open("new/dir/a.png") as image:
-        assert np.asarray(image).std() > 1
+@pytest.mark.parametrize(
+    "out, left, kind",
+    [
+        ("new/dir/a.png", "new/dir/a.png", "PNG"),
+        ("a.JPG", "a.JPG", "JPEG"),
+        ("b.bmp", "b.bmp", "BMP"),
+        ("new/threes", "new/threes.png", "PNG"),
+        (None, "grid.png", "PNG"),
+    ],
+)
+def test_generate(out, left, kind, script, finished):
+    script.main(["--generate", str(finished / "checkpoint.pt"), *(["--out", out] if out else [])])
+    assert [path for path, written in files().items() if written] == [Path(left)]
+    with Image.open(left) as image:
+        assert image.format == kind and np.asarray(image).std() > 1
     generator = script.load_generator(str(finished / "checkpoint.pt"))
     assert not generator.training
+
+
+@pytest.mark.parametrize("out", ["new/a.foo", "new/a.csv", "new/a.psd"])
+def test_what_is_no_picture_is_not_generated(out, script, finished, refused):
+    assert ".png or .jpg is" in refused("--generate", finished / "checkpoint.pt", "--out", out)
 
 
 @INFOGAN
@@ -569,7 +598,7 @@ def test_auto_takes_mnist_where_it_is():
 def test_auto_falls_back_to_digits_and_says_so(capsys):
     assert load().name == "digits"
     out = capsys.readouterr().out
-    assert out.startswith("infogan: mnist can not be read from --data-dir data: ")
+    assert out.startswith(f"infogan: mnist can not be read from --data-dir {Path.cwd() / 'data'}: ")
     assert out.count("\n") == 1  # whatever torchvision says
     assert out.endswith("raining on scikit-learn's digits instead.\n")
 
@@ -687,6 +716,11 @@ def test_folders_that_can_not_be_made(script, refused, capsys):
     refused("--dataset", "digits", "--data-dir", "~no-such-user/x", "--out", "file/run")
 
 
+def lacking(kept):
+    """Copies of a dictionary, each without one of its keys."""
+    return [{key: kept[key] for key in kept if key != missing} for missing in kept]
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--generate"])
 def test_bad_checkpoints(flag, script, finished, refused):
     whole = (finished / "checkpoint.pt").read_bytes()
@@ -694,9 +728,10 @@ def test_bad_checkpoints(flag, script, finished, refused):
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         Path("cut.pt").write_bytes(whole[:length])
         assert "cut.pt is no whole checkpoint" in refused(flag, "cut.pt")
-    old = {"script": script.SCRIPT, "config": {}, "step": 3, "classes": []}  # no "shape"
-    other = checkpoint(finished) | {"script": "dcgan"}
-    for content in ([1], {"step": 3}, old, other):
+    state = checkpoint(finished)
+    parts = [*lacking(state), *(state | {"config": part} for part in lacking(state["config"]))]
+    other = state | {"script": "dcgan"}
+    for content in ([1], {"step": 3}, *parts, other):
         torch.save(content, "other.pt")
         assert f"no whole checkpoint of {script.SCRIPT}" in refused(flag, "other.pt")
     assert "dcgan" in refused(flag, "other.pt")
@@ -711,7 +746,7 @@ def test_checkpoint_can_not_run_code(flag, script, refused):
     with open("evil.pt", "wb") as file:
         pickle.dump(Payload(), file, protocol=2)
     refused(flag, "evil.pt")
-    torch.save({"script": script.SCRIPT, "shape": Payload()}, "evil.pt")
+    torch.save({"script": script.SCRIPT, "config": Payload()}, "evil.pt")
     refused(flag, "evil.pt")
 
 
@@ -738,7 +773,7 @@ def test_full_disk_leaves_the_previous_checkpoint(script, finished, capsys, monk
     shutil.copytree(finished, "run")
     full_disk(monkeypatch, "checkpoint.tmp")
     error = error_of(script, capsys, "--resume", "run/checkpoint.pt", "--epochs", 13)
-    assert "No space left" in error
+    assert "No space left" in error and not list(Path("run").glob("*.tmp"))
     assert Path("run/checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
 
 
@@ -747,7 +782,46 @@ def test_full_disk_at_the_start_leaves_no_run(script, finished, capsys, monkeypa
     with monkeypatch.context() as patch:
         full_disk(patch, "config.tmp")
         assert "No space left" in error_of(script, capsys, *flags)
+    assert not list(Path("run").glob("*.tmp"))
     script.main(flags)  # finds room in the same folder
+
+
+def hungry(*args):
+    return torch.empty(2**50)
+
+
+def faulty(*args):
+    return torch.zeros(2) + torch.zeros(3)
+
+
+def test_memory_that_does_not_suffice_is_said_with_advice(script, finished, capsys, monkeypatch):
+    flags = small(script, finished, "--out", "run")
+    monkeypatch.setattr(script, "train_step", hungry)
+    error = error_of(script, capsys, *flags)
+    assert "allocate memory" in error and "smaller --batch-size or networks" in error
+    monkeypatch.setattr(script, "train_step", faulty)
+    with pytest.raises(RuntimeError):  # what is a fault of ours keeps its traceback
+        script.main(flags)
+
+
+# ------------------------------------------------------------------ what a notebook goes on with
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_settings_of_the_process_are_as_before(error, script, finished, monkeypatch, no_figures):
+    """The threads, which suit changes for points, and the limit of time to download."""
+    suit, found = script.suit, []
+
+    def changing(args, data):
+        found.append(socket.getdefaulttimeout())
+        torch.set_num_threads(3)
+        if error:
+            raise script.UsageError if error is ValueError else error
+        suit(args, data)
+
+    monkeypatch.setattr(script, "suit", changing)
+    before = torch.get_num_threads(), socket.getdefaulttimeout()
+    with pytest.raises(SystemExit) if error else contextlib.nullcontext():
+        script.main(small(script, finished, "--out", "run", "--max-steps", 1))
+    assert found == [5] and (torch.get_num_threads(), socket.getdefaulttimeout()) == before
 
 
 # ------------------------------------------------------------------ copied alone

@@ -4,16 +4,19 @@ import ast
 import contextlib
 import importlib
 import itertools
+import json
 import math
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import NO_GPU
+from helpers import checkpoint, error_of, rows
 
 from tools.sync_shared import BLOCK, ROOT, SCRIPTS
 
@@ -63,6 +66,7 @@ def test_shared_blocks_stand_last_and_alone(script):
     head, guard = BLOCK.sub("", plumbing).split("if __name__ ==")
     assert head.strip("= \n") == "plumbing"
     assert "main()" in guard and "def " not in guard
+    assert guard == text_of(SCRIPTS[0]).split("if __name__ ==")[1]
 
 
 def test_sizes():
@@ -73,6 +77,84 @@ def test_sizes():
     lines = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.*") if path.is_file()}
     assert lines["infogan.py"] <= 800 and lines["cgan.py"] <= 880 and lines["wgan_gp.py"] <= 880
     assert lines["README.md"] <= 140
+
+
+# ------------------------------------------------------------------ a script of tables
+TABLES = """
+import argparse, functools, io, json, math, os, socket, sys, time
+from collections import namedtuple
+from datetime import datetime
+from pathlib import Path
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from torch import nn
+from tqdm import tqdm
+SCRIPT = "tables"
+Data = namedtuple("Data", "name columns train held_out")
+def arguments():
+    parser = run_arguments("Means of columns.")
+    parser.add_argument("--dataset", default="two", help="two, or a CSV file")
+    return parser
+def load_data(args, device):
+    if args.dataset == "two":
+        return Data("two", ["a", "b"], torch.arange(40.0, device=device).view(20, 2), None)
+    args.dataset = os.path.abspath(args.dataset)
+    columns = Path(args.dataset).read_text().split("\\n")[0].split(",")
+    rows = torch.tensor(np.loadtxt(args.dataset, delimiter=",", skiprows=1)).float()
+    return Data(Path(args.dataset).stem, columns, rows.to(device), None)
+def suit(args, data):
+    args.epochs, args.batch_size = args.epochs or 2, args.batch_size or 5
+class Model(nn.Module):
+    def __init__(self, args, data):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(len(data.columns), device=data.train.device))
+        self.optimizers, self.kernels = [torch.optim.SGD([self.mean], 0.1)], "reference"
+        self.samples_per_step, self.columns = args.batch_size, data.columns
+    def batch(self, data, index):
+        return (data.train[index],)
+def train_step(model, rows):
+    loss = (rows - model.mean).square().mean()
+    model.optimizers[0].zero_grad()
+    loss.backward()
+    model.optimizers[0].step()
+    return {"loss": loss}
+def evaluate(model, data):
+    return {}
+def finish(model, data, folder, rows):
+    return {"means": model.mean.tolist()}
+def save_samples(model, path):
+    Path(f"{path}.csv").write_text(",".join(model.columns))
+def generate(args):
+    state = load_checkpoint(args.generate)
+    write_file(Path(args.out), ",".join(state["data"]["about"]).encode())
+"""
+
+
+def test_blocks_of_arguments_and_of_the_run_serve_a_script_of_tables(capsys, monkeypatch):
+    """Rows in place of images, columns in place of classes, a file in place of a set's name."""
+    blocks = {block[1]: block[2] for block in BLOCK.finditer(text_of("infogan"))}
+    Path("tables.py").write_text(TABLES + blocks["arguments"] + blocks["run"])
+    monkeypatch.syspath_prepend(".")
+    tables = importlib.import_module("tables")
+    Path("data").mkdir()
+    Path("data/more.csv").write_text("x,y,z\n" + "1,2,3\n" * 10)
+    tables.main(["--dataset", "two", "--device", "cpu"])
+    assert [path.name[:11] for path in Path("runs").iterdir()] == ["tables-two-"]
+    tables.main(["--dataset", "data/more.csv", "--out", "run", "--device", "cpu"])
+    assert len(rows("run")) == 1 and len(json.loads(Path("run/summary.json").read_text())["means"])
+    assert Path("run/samples/0000004.csv").read_text() == "x,y,z"
+    tables.main(["--generate", "run/checkpoint.pt", "--out", "more.csv"])
+    assert Path("more.csv").read_text() == "x,y,z"
+    Path("data").rename("moved")
+    resume = ["--resume", "run/checkpoint.pt", "--epochs", "3"]
+    assert "data/more.csv" in error_of(tables, capsys, *resume)
+    assert "not the run's data" in error_of(tables, capsys, *resume, "--dataset", "two")
+    tables.main([*resume, "--dataset", "moved/more.csv"])
+    assert checkpoint("run")["data"] == {"about": ["x", "y", "z"], "shape": [10, 3]}
+    assert [row["step"] for row in rows("run")] == ["4", "6"]
+    monkeypatch.delitem(sys.modules, "tables")
 
 
 # ------------------------------------------------------------------ the method part, copied
@@ -199,7 +281,7 @@ def losses_of(script, steps, device, *flags):
     data = made_data(script, device)
     model = made_model(script, data, *flags)
     step, losses = script.stepper(model.args, model, torch.device(device)), []
-    index = torch.arange(200, device=device).repeat(5).split(model.images_per_step)
+    index = torch.arange(200, device=device).repeat(5).split(model.samples_per_step)
     for i in range(steps):
         torch.manual_seed(i)
         losses.append(torch.stack([*step(*model.batch(data, index[i])).values()]).detach().clone())
@@ -232,7 +314,7 @@ def test_captured_graph_gives_the_losses_of_single_operations(script, precision,
 def test_step_never_waits_for_the_gpu(script):
     data = made_data(script, "cuda")
     model = made_model(script, data)
-    batch = model.batch(data, torch.arange(model.images_per_step, device="cuda"))
+    batch = model.batch(data, torch.arange(model.samples_per_step, device="cuda"))
     script.train_step(model, *batch)
     torch.cuda.set_sync_debug_mode("error")
     try:

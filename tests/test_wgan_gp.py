@@ -76,7 +76,7 @@ def model_and_data(*flags, shape=(2,), n=200, device="cpu"):
 
 def step(model, data):
     """One update on the first samples."""
-    index = torch.arange(model.images_per_step, device=data.train.device)
+    index = torch.arange(model.samples_per_step, device=data.train.device)
     return wgan_gp.train_step(model, *model.batch(data, index))
 
 
@@ -325,7 +325,7 @@ def test_residual_networks_are_for_their_size_alone(shape):
 @pytest.mark.parametrize("flags", [[], ["--clip", 0.01], ["--clip", 0.01, "--decay-steps", 9]])
 def test_step_does_not_synchronise(flags):
     model, data = model_and_data(*flags, device="cuda")
-    (real,) = model.batch(data, torch.arange(model.images_per_step, device="cuda"))
+    (real,) = model.batch(data, torch.arange(model.samples_per_step, device="cuda"))
     for _ in range(2):
         wgan_gp.train_step(model, real)
     torch.cuda.set_sync_debug_mode("error")
@@ -475,7 +475,7 @@ def test_measuring_leaves_the_training_draws_alone():
     want = torch.rand(3)
     torch.manual_seed(5)
     wgan_gp.evaluate(model, data)
-    wgan_gp.save_samples(model, Path("a.png"))
+    wgan_gp.save_samples(model, Path("a"))
     assert torch.equal(torch.rand(3), want)
 
 
