@@ -58,7 +58,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import nn
@@ -576,7 +576,7 @@ def folder_set(args):
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes, labels = np.unique(parents, return_inverse=True)
     if len(paths) == len(classes):
-        raise UsageError(f"--out apart, no two images of a class ({' '.join(IMG_EXTENSIONS)})")
+        raise UsageError(f"no two images of a class, outside --out ({' '.join(IMG_EXTENSIONS)})")
     for path in tqdm(paths, desc="reading images", disable=None if sys.stderr else True):
         try:
             image = ImageOps.exif_transpose(Image.open(path))
@@ -775,10 +775,9 @@ def average(*tensors):
 
 def load_checkpoint(path):
     """A checkpoint of this script, on the CPU."""
-    flags = vars(arguments().parse_args([])).keys()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT or flags - state["config"].keys():
+        if state["script"] != SCRIPT or vars(arguments().parse_args([])).keys() - state["config"]:
             raise ValueError(f"it is of {state['script']}, or of another version")
         return {name: state[name] for name in ("config", "data", "rows", "model", "optimizers")}
     except Exception as error:  # a damaged file raises many kinds
@@ -808,9 +807,8 @@ def choose_device(name):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends in a message on stderr and exit code 2."""
-    parser, state = arguments(), None
-    threads, timeout = torch.get_num_threads(), socket.getdefaulttimeout()
-    args = parser.parse_args(argv)
+    parser, threads, timeout = arguments(), torch.get_num_threads(), socket.getdefaulttimeout()
+    args, state = parser.parse_args(argv), None
     try:
         if args.generate:
             return generate(args)
@@ -829,8 +827,10 @@ def main(argv=None):
         last = Path(f"{args.out}/checkpoint.pt")
         way = f"go on by --resume {last}" if last.exists() else "no checkpoint was written"
         parser.exit(2 if stop.args else 130, f"{SCRIPT}: error: {str(stop) or 'stopped'}; {way}\n")
-    except (UsageError, OSError, RuntimeError) as error:
-        advice = "; smaller --batch-size or networks need less" * ("memory" in str(error))
+    except Timeout:
+        parser.exit(2, f"{SCRIPT}: error: another process is at the run {args.out}; stop it\n")
+    except (UsageError, OSError, RuntimeError, MemoryError) as error:
+        advice = "; smaller --batch-size or networks need less" * ("allocate" in str(error))
         if isinstance(error, RuntimeError) and not advice:
             raise
         parser.exit(2, f"{SCRIPT}: error: {error}{advice}\n")

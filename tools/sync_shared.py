@@ -18,7 +18,7 @@ SCRIPTS = ast.literal_eval(re.search(r"^SCRIPTS = (.*)", EVALUATE, re.M)[1])  # 
 def sync(first="infogan.py", check=False):
     """The differences, as lines; each block is as in the first file that has it."""
     blocks, differences = {}, []
-    for name in dict.fromkeys([first, *(f"{script}.py" for script in SCRIPTS), "evaluate.py"]):
+    for name in dict.fromkeys([first, *sorted(path.name for path in ROOT.glob("*.py"))]):
         before = text = (ROOT / name).read_text(encoding="utf-8")
         for block in BLOCK.finditer(before):
             source, wanted = blocks.setdefault(block[1], (name, block[0]))
