@@ -12,7 +12,8 @@ categories, generated so that rare values stay and any value can be asked for.
     python ctgan.py --dataset grid --model tvae      # also gridr, ring, asia, a network.bif
     python ctgan.py --generate runs/.../checkpoint.pt --rows 1000 --given income='>50K'
 
-CLAIM
+On Adult (300 epochs, seed 0, one EPYC core) classifiers that learn from CTGAN's rows have a mean F1
+of 0.637 on real ones, from TVAE's 0.627, from real rows 0.655; the paper has 0.601, 0.626, 0.669.
 
 From Python: sample(fit(table), 1000, given={"sex": "Female"}), with a dictionary of NumPy arrays or
 a pandas data frame. Every run, and what the departures below do: docs/ctgan.md.
@@ -36,8 +37,9 @@ D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
 - A value with 5 % of its column's rows or more is a mode of no width, so that it returns exactly,
   and a missing number is a mode of its own. A mode is wider than 4 standard deviations where values
   would be cut off.
-- A pack has one row, not ten (--pac 10), as table 3 finds better too: with one, the classifiers
-  that learn Adult from synthetic rows have a mean F1 of 0.637, with ten 0.557 and 0.598.
+- A pack has one row, not ten, as table 3 finds better too: with one, the classifiers that learn
+  Adult from synthetic rows have a mean F1 of 0.637, with ten 0.557 and 0.598. Tables without a
+  discrete column keep the ten.
 - TVAE draws categories and modes, as the paper has it; the authors' code takes the likeliest, which
   loses rare ones.
 - The learning rate falls to 0 in the second half of the updates, after which asia's likelihood
@@ -124,7 +126,9 @@ def arguments():
     add("--model", choices=("ctgan", "tvae"), default="ctgan", help="which of the paper's two")
     add("--noise", type=at_least(1, high=10**4), default=128, help="values of z")
     add("--dim", type=at_least(1, high=10**4), help="width of the networks; None: the paper's")
-    add("--pac", type=at_least(1), default=1, help="rows that D sees together; the paper's: 10")
+    add(
+        "--pac", type=at_least(1), help="rows that D sees together; None: 1, or 10 of numbers alone"
+    )
     add("--gp-weight", type=at_least(0, float), default=10.0, help="weight of the penalty")
     add("--lr", type=at_least(0, float), help="learning rate; None: the paper's")
     return parser
@@ -132,7 +136,10 @@ def arguments():
 
 def suit(args, data):
     """Gives the flags that were left out what suits the data."""
-    n, ctgan, packs = len(data.train), args.model == "ctgan", args.pac * WORLD
+    n, ctgan = len(data.train), args.model == "ctgan"
+    if args.pac is None:  # where no conditions hold the modes apart, packs keep their spread
+        args.pac = 1 if any("categories" in column for column in data.columns) or n < 20 else 10
+    packs = args.pac * WORLD
     suiting = {"batch_size": max(packs, min(500, n) // packs * packs)}
     suiting |= {"dim": 256 if ctgan else 128, "lr": 2e-4 if ctgan else 1e-3}
     for name, value in suiting.items():
