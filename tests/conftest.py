@@ -64,7 +64,8 @@ def start():
     """Starts main(flags) of a script in a process of its own (helpers.child), within moments."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "torchvision", "sklearn.datasets", "scipy.stats", "matplotlib.figure", "pytest"]
+        ["torch", "torchvision", "scipy.stats", "matplotlib.figure", "pytest"]
+        + [f"sklearn.{part}" for part in ("datasets", "ensemble", "neural_network", "mixture")]
     )  # but no script: what a process is, it learns from the environment when imported
     forkserver.ensure_running()
 

@@ -14,6 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tools.sync_shared import SCRIPTS
+
+ALL = (*SCRIPTS, "ctgan")  # SCRIPTS are those of pictures
+
 
 # ------------------------------------------------------------------ made data
 def no_network(*args, **kwargs):
@@ -45,6 +49,19 @@ def write_images(folder, n=10, size=(40, 30)):
         path = Path(folder) / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+def write_table(path="table.csv", rows=100):
+    """A CSV file with text, integers, decimals, gaps and dates."""
+    rng = np.random.default_rng(0)
+    with open(path, "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["kind", "size", "price", "gap", "day"])
+        for i in range(rows):
+            kind = "abc"[int(rng.integers(3))]
+            day = np.datetime64("2020-01-01") + int(rng.integers(999))
+            gap = rng.integers(99) if i % 5 else ""
+            lines.writerow([kind, rng.integers(1000), f"{rng.normal():.2f}", gap, day])
 
 
 # ------------------------------------------------------------------ what a run has left
@@ -106,7 +123,10 @@ SMALL_NETWORKS = {  # by flags, beside what shrink does
     "infogan": [],
     "cgan": ["--network", "mlp"],
     "wgan_gp": ["--dim", "4", "--n-critic", "1"],
+    "ctgan": ["--dim", "8", "--noise", "4", "--pac", "2"],
 }
+# --data goes before any --dataset; what is not held out are as many samples as made MNIST has
+SMALL_NETWORKS["ctgan"] += ["--data", "table.csv", "--test-rows", "20"]
 
 
 def without_figures(script, patch=setattr):
@@ -133,6 +153,7 @@ def shrink(script, patch=setattr):
         "infogan": {"Generator": small_generator, "Discriminator": small_d_and_q},
         "cgan": {"MLPGenerator": small_mlp_generator, "MLPDiscriminator": small_maxout},
         "wgan_gp": {},
+        "ctgan": {},
     }
     for name, replace in smaller_networks[script.SCRIPT].items():
         network = getattr(script, name)

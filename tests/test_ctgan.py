@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import shutil
+import socket
 import tracemalloc
 from pathlib import Path
 
@@ -18,7 +19,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NO_GPU
-from helpers import checkpoint, error_of, refused_by, rows, same, weights, without_figures
+from helpers import (
+    checkpoint,
+    error_of,
+    no_network,
+    refused_by,
+    rows,
+    same,
+    weights,
+    without_figures,
+)
 from PIL import Image
 from sklearn.mixture import BayesianGaussianMixture
 from torch import nn
@@ -1433,10 +1443,20 @@ def test_default_is_a_table_whose_truth_is_known(capsys):
     assert "adult can not be read from --data-dir" in error
 
 
-ADULT = (
-    "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, "
-)
-ADULT += "2174, 0, 40, United-States, <=50K\n"
+def test_network_that_never_answers_is_none(monkeypatch):
+    limits = []
+
+    def silent(*args, **kwargs):
+        limits.append(socket.getdefaulttimeout())
+        no_network()
+
+    monkeypatch.setattr("urllib.request.urlopen", silent)
+    monkeypatch.setattr(ctgan.simulated_points, "__defaults__", (200,))
+    assert ctgan.load_data(parsed(), CPU).name == "labelled" and set(limits) == {5}
+
+
+ADULT = "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, "
+ADULT += "Male, 2174, 0, 40, United-States, <=50K\n"
 
 
 def test_adult_is_taken_where_it_is_and_a_run_goes_on_with_its_own_set(capsys, monkeypatch):

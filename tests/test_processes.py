@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ALL,
     SMALL_NETWORKS,
     checkpoint,
     error_of,
@@ -19,10 +20,11 @@ from helpers import (
     weights,
     without_figures,
     without_method,
+    write_table,
 )
 from torch import nn
 
-from tools.sync_shared import ROOT, SCRIPTS
+from tools.sync_shared import ROOT
 
 FLAGS = ["--dataset", "digits", "--batch-size", "24", "--log-every", "5", "--device", "cpu"]
 
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo on Linux")
 @pytest.fixture
 def together(start):
     """Starts a number of processes of one run, as torchrun does."""
+    write_table()
 
     def begin(world, name, *flags, prepare=None):
         with socket.socket() as free:
@@ -122,7 +125,7 @@ def test_mean_gradient_of_processes_is_that_of_one_on_the_whole_batch(together):
             assert row["images"] == wanted["images"] / n == 24 / n
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL)
 def test_after_20_updates_all_processes_hold_the_same_weights(name, together):
     run = together(2, name, "--max-steps", 20, "--out", "run", prepare=f"{__name__}:keep")
     assert [exit_code(process) for process in run] == [0, 0]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import (
+    ALL,
     SMALL_NETWORKS,
     checkpoint,
     error_of,
@@ -33,17 +34,19 @@ from helpers import (
     without_method,
     write_images,
     write_mnist,
+    write_table,
 )
 from PIL import Image
 
 import infogan
 from tools.sync_shared import ROOT, SCRIPTS
 
-MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+MODULES = {name: importlib.import_module(name) for name in ALL}
 QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kernels", "reference"]
 SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "12", "--log-every", "10"]
 SMALL += ["--device", "cpu", "--kernels", "reference"]
-FREE = {"epochs", "max_steps", "log_every", "device", "dataset", "data_dir", "lr", "lr_d", "lr_g"}
+FREE = {"epochs", "max_steps", "log_every", "device", "dataset", "data_dir", "data"}
+FREE |= {"lr", "lr_d", "lr_g"}
 
 
 def shrink_all(patch):
@@ -56,20 +59,22 @@ def small_networks(monkeypatch):
     shrink_all(monkeypatch.setattr)
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=ALL)
 def script(request):
     """Each test that asks for it, or for a finished run, runs on every script."""
     return MODULES[request.param]
 
 
 INFOGAN = pytest.mark.parametrize("script", ["infogan"], indirect=True)
+PICTURES = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 
 
 @pytest.fixture(scope="module")
 def finished(script, tmp_path_factory):
-    """A run of 12 epochs of 10 updates on made MNIST files, with a row every 10 updates."""
+    """A run of 12 epochs of 10 updates on made MNIST files or a table, a row every 10 updates."""
     run = tmp_path_factory.mktemp("finished") / "run"
     write_mnist(run.parent / "data", train=80, test=20)
+    write_table(run.parent / "table.csv", rows=100)
     with pytest.MonkeyPatch.context() as patch:
         shrink_all(patch.setattr)
         script.main(small(script, run, "--out", run))
@@ -78,7 +83,8 @@ def finished(script, tmp_path_factory):
 
 def small(script, finished, *flags):
     """The arguments of the same run with other flags."""
-    data = ("--data-dir", finished.parent / "data")
+    data = ["--data-dir", finished.parent / "data"]
+    data += ["--data", finished.parent / "table.csv"] if script.SCRIPT == "ctgan" else []
     return [str(flag) for flag in (*SMALL, *SMALL_NETWORKS[script.SCRIPT], *data, *flags)]
 
 
@@ -107,6 +113,7 @@ def rates(script, value):
 
 
 # ------------------------------------------------------------------ what a run leaves
+@PICTURES
 def test_run_folder(script, finished):
     names = {path.name for path in finished.iterdir()} - {".lock"}
     written = {"checkpoint.pt", "config.json", "metrics.csv", "summary.json", "samples"}
@@ -179,6 +186,7 @@ def test_other_latent_specifications():
     assert summary("c")["codes"] == []
 
 
+@PICTURES
 def test_run_in_colour(script, monkeypatch):
     write_images("pictures", n=24)
     flags = [
@@ -267,6 +275,7 @@ def test_noise_follows_from_seed_update_and_process(script, finished, monkeypatc
         assert not {noise for noise, _ in apart} & {noise for noise, _ in first}
 
 
+@PICTURES
 def test_an_epoch_takes_every_image_once_in_an_order_of_its_own(script, finished, monkeypatch):
     flags = small(script, finished, "--out", "run", "--epochs", 2)
     sums = np.array([pixels for _, pixels in numbers(script, monkeypatch, *flags)]).reshape(2, 10)
@@ -295,6 +304,8 @@ def untimed(folder, after=0):
 @pytest.mark.parametrize("stop", [("--max-steps", 3), ("--max-steps", 105), ("--epochs", 10)])
 def test_resume_equals_uninterrupted(stop, script, finished, monkeypatch):
     """Stopped before a row, after a stage in mid-epoch, and finished and then extended."""
+    if script.SCRIPT == "ctgan" and stop[0] == "--epochs":
+        pytest.skip("its learning rate falls over the epochs that were asked for")
     if stop[0] == "--max-steps":
         without_figures(script, monkeypatch.setattr)
     script.main(small(script, finished, "--out", "run", *stop))
@@ -319,9 +330,9 @@ def test_rates_limits_and_device_may_change(script, finished, no_figures, monkey
     models, kind = [], script.Model
     monkeypatch.setattr(script, "Model", lambda *args: models.append(kind(*args)) or models[-1])
     flags = [*rates(script, 3e-4), "--log-every", "3", "--device", "auto", "--max-steps", "125"]
-    script.main(["--resume", "run/checkpoint.pt", *flags, "--epochs", "20"])
+    script.main(["--resume", "run/checkpoint.pt", *flags, "--epochs", "30"])
     config = json.loads(Path("run/config.json").read_text())
-    assert config["epochs"] == 20 and config["log_every"] == 3 and config["max_steps"] == 125
+    assert config["epochs"] == 30 and config["log_every"] == 3 and config["max_steps"] == 125
     assert [int(row["step"]) for row in rows("run")][-3:] == [120, 123, 125]
     for optimizer in models[0].optimizers:
         assert [float(group["lr"]) for group in optimizer.param_groups] == [pytest.approx(3e-4)]
@@ -333,7 +344,7 @@ def other_value(action, value):
         return []
     if action.choices:
         return [next(str(choice) for choice in action.choices if choice != value)]
-    values = value if isinstance(value, list) else [value]
+    values = value if value and isinstance(value, list) else [value]
     return [str(x / 2 + 0.1 if isinstance(x, float) else 3 + (x == 3)) for x in values]
 
 
@@ -360,6 +371,7 @@ def test_the_same_flags_again_are_no_others(script, finished, no_figures):
 
 def test_run_goes_on_in_its_own_folder_from_anywhere(script, finished, monkeypatch, no_figures):
     shutil.copytree(finished.parent / "data", "data")
+    write_table()
     relative = [*SMALL, *SMALL_NETWORKS[script.SCRIPT], "--data-dir", "data", "--out", "a/run"]
     script.main([*relative, "--max-steps", "3"])
     Path("b").mkdir()
@@ -371,6 +383,7 @@ def test_run_goes_on_in_its_own_folder_from_anywhere(script, finished, monkeypat
     assert [row["step"] for row in rows(".")] == ["3", "5", "7"]
 
 
+@PICTURES
 def test_data_that_have_moved(script, refused, capsys, no_figures):
     write_mnist("data", train=80, test=20)
     flags = [*SMALL, *SMALL_NETWORKS[script.SCRIPT], "--out", "run", "--max-steps", "3"]
@@ -384,6 +397,7 @@ def test_data_that_have_moved(script, refused, capsys, no_figures):
     assert [row["step"] for row in rows("run")] == ["3", "5"]
 
 
+@PICTURES
 def test_data_of_other_classes_and_another_set(script, finished, refused):
     shutil.copytree(finished, "run")
     more = ("--resume", "run/checkpoint.pt", "--epochs", 13)
@@ -394,6 +408,7 @@ def test_data_of_other_classes_and_another_set(script, finished, refused):
     assert "not the run's data" in refused(*more)
 
 
+@PICTURES
 def test_run_begun_with_auto_is_not_resumed_on_another_set(script, capsys):
     write_mnist("data")
     flags = ["--batch-size", "8", "--max-steps", "1", "--out", "run", "--device", "cpu"]
@@ -530,6 +545,7 @@ def test_folder_that_another_process_writes(script, finished, refused):
 
 
 # ------------------------------------------------------------------ drawing from a trained model
+@PICTURES
 @pytest.mark.parametrize(
     "out, left, kind",
     [
@@ -549,6 +565,7 @@ def test_generate(out, left, kind, script, finished):
     assert not generator.training
 
 
+@PICTURES
 @pytest.mark.parametrize("out", ["new/a.foo", "new/a.csv", "new/a.psd"])
 def test_what_is_no_picture_is_not_generated(out, script, finished, refused):
     assert ".png or .jpg is" in refused("--generate", finished / "checkpoint.pt", "--out", out)
@@ -577,7 +594,7 @@ def test_kernels_are_named_in_the_summary(script, finished, no_figures, monkeypa
     assert summary("b")["kernels"] == "reference"
 
 
-@pytest.mark.parametrize("script", ["infogan", "wgan_gp"], indirect=True)
+@pytest.mark.parametrize("script", ["infogan", "wgan_gp", "ctgan"], indirect=True)
 def test_kernels_that_are_not_installed(script, finished, refused, monkeypatch):
     monkeypatch.setattr(script, "gan_kernels", None)
     assert "gan_kernels" in refused(*small(script, finished, "--kernels", "fused"))
@@ -610,6 +627,7 @@ def test_digits_are_the_real_ones():
     assert torch.bincount(data.test_labels).min() > 20
 
 
+@PICTURES
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "svhn", "cifar10"])
 def test_missing_data_set_is_an_error(name, script, capsys):
     error = error_of(script, capsys, "--dataset", name, "--data-dir", "nowhere", "--out", "run")
@@ -636,6 +654,7 @@ def test_real_mnist():
 
 
 # ------------------------------------------------------------------ bad input
+@PICTURES
 @pytest.mark.parametrize(
     "flags",
     [
@@ -679,6 +698,7 @@ def test_what_belongs_to_generate_does_not_begin_a_training(refused):
     assert "--generate" in refused("--dataset", "digits", "--category", 3)
 
 
+@PICTURES
 @pytest.mark.parametrize("cut", [1, 40 * 784, 40 * 784 + 1, 40 * 784 + 10, 40 * 784 + 15])
 def test_mnist_that_is_cut(cut, script, refused, capsys):
     """Within the images, before them, and anywhere in the header."""
@@ -687,6 +707,7 @@ def test_mnist_that_is_cut(cut, script, refused, capsys):
     assert load().name == "digits"
 
 
+@PICTURES
 @pytest.mark.parametrize(
     "name, header, n",
     [
@@ -709,6 +730,7 @@ def test_mnist_of_another_form(name, header, n, script, refused):
     assert "mnist can not be read" in refused(*flags)
 
 
+@PICTURES
 def test_folders_that_can_not_be_made(script, refused, capsys):
     Path("file").write_text("")
     assert "file/data" in refused("--dataset", "mnist", "--data-dir", "file/data")
@@ -821,15 +843,17 @@ def test_settings_of_the_process_are_as_before(error, script, finished, monkeypa
     before = torch.get_num_threads(), socket.getdefaulttimeout()
     with pytest.raises(SystemExit) if error else contextlib.nullcontext():
         script.main(small(script, finished, "--out", "run", "--max-steps", 1))
-    assert found == [5] and (torch.get_num_threads(), socket.getdefaulttimeout()) == before
+    limit = None if script.SCRIPT == "ctgan" else 5  # it has nothing to download
+    assert found == [limit] and (torch.get_num_threads(), socket.getdefaulttimeout()) == before
 
 
 # ------------------------------------------------------------------ copied alone
 def test_scripts_alone_in_an_empty_folder():
     """Each file by itself, as someone who copies it has it: no extension, no repository."""
     begun = {}
-    for name in SCRIPTS:
+    for name in ALL:
         Path(name).mkdir()
+        write_table(f"{name}/table.csv")
         shutil.copy(ROOT / f"{name}.py", name)
         hide = f"import sys, runpy; sys.modules['gan_kernels'] = None; sys.argv[0] = '{name}.py'; "
         code = f"{hide}runpy.run_path('{name}.py', run_name='__main__')"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
+    ALL,
     SMALL_NETWORKS,
     checkpoint,
     error_of,
@@ -24,9 +25,8 @@ from helpers import (
     shrink,
     without_method,
     write_mnist,
+    write_table,
 )
-
-from tools.sync_shared import SCRIPTS
 
 LONG = os.environ.get("TORTURE") == "1"
 TINY = ["--dataset", "mnist", "--batch-size", "4", "--log-every", "30", "--device", "cpu"]
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and lim
 @pytest.fixture(autouse=True)
 def data():
     write_mnist("data", train=40, test=10)
+    write_table(rows=60)
 
 
 def outcome(folder):
@@ -51,7 +52,7 @@ def outcome(folder):
     return {**state.pop("model"), **state, "metrics.csv": table, "summary.json": found}
 
 
-@pytest.mark.parametrize("name", SCRIPTS if LONG else ["infogan"])
+@pytest.mark.parametrize("name", ALL if LONG else ["infogan"])
 def test_killed_at_random_moments_it_ends_with_the_same_weights(start, name):
     flags = [*TINY, *SMALL_NETWORKS[name]]
     start = functools.partial(start, name, prepare=None if LONG else "helpers:without_figures")
@@ -154,7 +155,7 @@ def garbage(script, draw):
     return line
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL)
 def test_garbage_on_the_command_line_never_ends_in_a_traceback(name, capsys, monkeypatch):
     """It ends in a message and exit code 2, or begins to train."""
     script, begun = importlib.import_module(name), []
