@@ -38,12 +38,13 @@ MEASURES = ("column_shapes", "pair_trends", "rare_categories_kept", "rare_freque
 MEASURES += ("f1_mean", "f1_boosting", "auc_boosting", "condition_obeyed", "condition_obeyed_worst")
 NOTES = f"""\
 Both see packs of ten rows, which is not ctgan.py's default. Set-up is all before the first update:
-finding modes, encoding, what sampling needs, networks. An update is its share of the median epoch. Memory is what {UPDATES} updates of CTGAN add to the peak
-of a process, on a simulated table of 24 columns, 16 of them discrete and one of these with 5,000
-categories; a process had {CAP >> 30} GB at most. Quality is that of as many rows as were trained
-on: shapes and trends beside the held-out rows; the F1 and the area under the ROC curve, on these,
-of classifiers that were trained on synthetic rows. `real` has real rows in their place: the
-training rows, for the rare categories the held-out ones. Of `rare_frequency_error` less is better.
+finding modes, encoding, what sampling needs, networks. An update is its share of the median epoch.
+Memory is what {UPDATES} updates of CTGAN add to the peak of a process, on a simulated table of 24
+columns, 16 of them discrete and one of these with 5,000 categories; a process had {CAP >> 30} GB at
+most. Quality is that of as many rows as were trained on: shapes and trends beside the held-out
+rows; the F1 and the area under the ROC curve, on these, of classifiers that were trained on
+synthetic rows. `real` has real rows in their place: the training rows, for the rare categories the
+held-out ones. Of `rare_frequency_error` less is better.
 
 Known of ctgan 0.12.1, and left as it is: to sample, it draws conditions by the logarithm of their
 frequency, so that rare values come too often; asked for a value, it passes the right condition on
