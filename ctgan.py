@@ -1209,7 +1209,7 @@ def finish(model, data, folder, rows):
     if model.args.target:
         ordinal = {"education": SCHOOLS.split()} if data.name == "adult" else None
         target = model.args.target
-        found |= efficacy(table, synthetic, test, target, discrete, ordinal, model.args.seed)
+        found["efficacy"] = efficacy(table, synthetic, test, target, discrete, ordinal)
     return found
 
 

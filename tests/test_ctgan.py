@@ -1255,6 +1255,8 @@ def test_metrics_and_summary(finished, capsys):
         "quality", "copied_rows", "repeated_rows", "detection_auc", "rare_categories_kept", "step",
     }  # fmt: skip
     assert found["script"] == "ctgan" and Path(found["data"]).name == "in.csv"
+    if found["target"]:
+        assert found["efficacy"].keys() == {"real", "synthetic"}
 
 
 def test_quality_is_printed(capsys, monkeypatch):
