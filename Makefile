@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?= --epochs 50
 RUN = torch torchvision numpy tqdm matplotlib scikit-learn
 BUILD = "setuptools>=77" wheel ninja
-TEST = pytest ruff
+TEST = pytest pytest-xdist ruff
 SANITIZED = build/sanitize/lib
 
 .PHONY: train test torture cases sanitize clean
@@ -14,7 +14,7 @@ train: .venv/built
 test: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2  # of one thread each
 
 torture: .venv/tested
 	TORTURE=1 .venv/bin/python -m pytest tests/test_torture.py

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -77,9 +78,15 @@ def build(texts, namespace):
     ours = [path.read_text() for path in sorted(HERE.iterdir()) if path.is_file()]
     key = hashlib.sha256(repr([built_with, ours, texts]).encode()).hexdigest()[:16]
     library = ROOT / "build" / "emulation" / f"{namespace}-{key}.so"
-    if library.exists():
-        return library
     library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.parent / "lock"):  # tests run in two processes
+        if not library.exists():
+            compile_library(library, texts, namespace, flags, link, target)
+    return library
+
+
+def compile_library(library, texts, namespace, flags, link, target):
+    """Compile these sources, in place of the namespace's library of before."""
     for old in library.parent.glob(f"{namespace}-*.so"):
         old.unlink()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -97,7 +104,6 @@ def build(texts, namespace):
         whole = Path(folder, "whole.so")
         compiler([CXX, *(command[-1] for command in commands), *link, "-o", whole])
         whole.rename(library)
-    return library
 
 
 def compiler(command):
