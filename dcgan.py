@@ -187,7 +187,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x, label=None):
         last = self.activations(x, label)[-1].flatten(1)
-        return self.score(with_label(last, label, self.k)).squeeze(1)
+        return self.score(with_label(last, label, self.k)).squeeze(1).float()  # of bf16, too
 
 
 def doubling(inputs, outputs):

@@ -83,7 +83,7 @@ def test_sizes():
     assert sum(blocks.values()) <= 300
     lines = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.*") if path.is_file()}
     assert lines["infogan.py"] <= 800 and lines["cgan.py"] <= 880 and lines["wgan_gp.py"] <= 880
-    assert lines["dcgan.py"] <= 950 and lines["ctgan.py"] <= 1930
+    assert lines["dcgan.py"] <= 960 and lines["ctgan.py"] <= 1930
     assert lines["README.md"] <= 140
 
 
