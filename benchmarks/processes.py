@@ -21,7 +21,12 @@ from timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = {"infogan": 128, "cgan": 128, "wgan_gp": 48}  # the batch, which the numbers must divide
+SCRIPTS = {
+    "infogan": 128,
+    "cgan": 128,
+    "wgan_gp": 48,
+    "dcgan": 128,
+}  # the batch, which the numbers must divide
 WARM, UPDATES, ROUNDS = 5, 10, 2
 
 

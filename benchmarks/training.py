@@ -28,6 +28,7 @@ MATRIX, SECONDS = 2048, 40
 ROWS = [
     ("infogan", "fused"),
     ("cgan", "reference"),
+    ("dcgan", "reference"),
     ("wgan_gp", "fused"),
     ("wgan_gp", "reference"),
     ("wgan_gp", "floor"),

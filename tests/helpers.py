@@ -123,6 +123,7 @@ SMALL_NETWORKS = {  # by flags, beside what shrink does
     "infogan": [],
     "cgan": ["--network", "mlp"],
     "wgan_gp": ["--dim", "4", "--n-critic", "1"],
+    "dcgan": ["--width", "4"],
     "ctgan": ["--dim", "8", "--noise", "4", "--pac", "2"],
 }
 # --data goes before any --dataset; what is not held out are as many samples as made MNIST has
@@ -153,6 +154,7 @@ def shrink(script, patch=setattr):
         "infogan": {"Generator": small_generator, "Discriminator": small_d_and_q},
         "cgan": {"MLPGenerator": small_mlp_generator, "MLPDiscriminator": small_maxout},
         "wgan_gp": {},
+        "dcgan": {},
         "ctgan": {},
     }
     for name, replace in smaller_networks[script.SCRIPT].items():
@@ -163,6 +165,8 @@ def shrink(script, patch=setattr):
     if script.SCRIPT == "cgan":
         patch(script, "SAMPLES", 200)
         patch(script.train_classifier, "__defaults__", (1, 2, 32))  # epochs, updates, batch
+    if script.SCRIPT == "dcgan":
+        patch(script, "labelled", lambda data: False)  # no SVM, which test_dcgan.py tries
 
 
 def smaller(init, replace):
