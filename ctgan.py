@@ -286,7 +286,8 @@ class Joint(nn.Linear):
 
     def forward(self, *parts):
         weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
-        return sum(map(F.linear, parts, weights), self.bias)
+        first, *others = zip(parts, weights)
+        return sum(itertools.starmap(F.linear, others), F.linear(*first, self.bias))
 
 
 class Generator(nn.Module):
@@ -372,9 +373,10 @@ def gumbel(like, rng=None):
 
 def activate(outputs, sizes, tau=0.2):
     """Rows of G's outputs: Gumbel-softmax of each span, tanh of each alpha."""
-    logits, alpha = outputs.split([sum(sizes), outputs.shape[1] - sum(sizes)], dim=1)
-    spans = ((logits + gumbel(logits)) / tau).split(sizes, dim=1)
-    return torch.cat([*(span.softmax(dim=1) for span in spans), alpha.tanh()], dim=1)
+    columns = outputs.T.contiguous()  # a span in one piece is a faster softmax
+    logits, alpha = columns.split([sum(sizes), len(columns) - sum(sizes)])
+    spans = ((logits + gumbel(logits)) / tau).split(sizes)
+    return torch.cat([*(span.softmax(dim=0) for span in spans), alpha.tanh()]).T
 
 
 def one_hot(condition, column_of):
