@@ -362,8 +362,11 @@ def test_gumbel_noise_is_standard_and_finite(monkeypatch):
     torch.manual_seed(0)
     noise = ctgan.gumbel(torch.zeros(100_000))
     assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - math.pi**2 / 6) < 0.04
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator=None: x.zero_())
-    assert ctgan.gumbel(torch.zeros(3)).isfinite().all()
+    few = torch.zeros(100_000, dtype=torch.bfloat16)  # whose own uniform numbers are 256
+    assert len(ctgan.gumbel(few).unique()) > 10_000
+    for u in (0.0, 1 - 2**-24):  # the least and the greatest that are drawn
+        monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u))
+        assert ctgan.gumbel(torch.zeros(3)).isfinite().all()
 
 
 def test_condition_loss_is_the_cross_entropy_of_the_chosen_column():
@@ -439,6 +442,33 @@ def obey(model):
         layer.weight[:values, -values:] = 50 * torch.eye(values)
 
 
+def test_linear_layer_of_parts_is_that_of_all_together():
+    torch.manual_seed(0)
+    layer, parts = ctgan.Joint(9, 5), [torch.randn(2, 6, 4), torch.randn(6, 3), torch.randn(6, 2)]
+    parts[0].requires_grad_()
+    joined = torch.cat([part.expand(2, -1, -1) for part in parts], dim=2)
+    found, wanted = layer(*parts), F.linear(joined, layer.weight, layer.bias)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    needed = [parts[0], layer.weight, layer.bias]
+    for pair in zip(*(torch.autograd.grad(y.square().sum(), needed) for y in (found, wanted))):
+        assert torch.allclose(*pair, atol=1e-5)
+
+
+def test_dropout_is_of_a_half():
+    """As nn.Dropout(0.5): each by itself, afresh, doubled; in evaluation none."""
+    torch.manual_seed(0)
+    layer, x = ctgan.HalfDropout(), torch.ones(301, 333, requires_grad=True)
+    first, second = layer(x), layer(x)
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(gradient, first) and {*first.unique().tolist()} == {0, 2}
+    # in a grid of so many columns neighbours of each kind agree as often as not
+    agree = [first == second, first[1:] == first[:-1], first[:, 8:] == first[:, :-8]]
+    agree += [first[:, 1:] == first[:, :-1], first > 0]
+    for share in agree:
+        assert within_noise(share.double().mean(), 0.5, share.numel())
+    assert layer.eval()(x) is x
+
+
 class LinearCritic(nn.Module):
     """(rows, cond) -> their sums weighted by w (pac, outputs) and v."""
 
@@ -447,7 +477,7 @@ class LinearCritic(nn.Module):
         self.w, self.v = nn.Parameter(w), nn.Parameter(v)
 
     def forward(self, rows, condition):
-        return (rows * self.w).sum(dim=(1, 2)) + (condition * self.v).sum(dim=(1, 2))
+        return (rows * self.w).sum(dim=(-2, -1)) + (condition * self.v).sum(dim=(-2, -1))
 
 
 def test_penalty_is_of_the_rows_of_a_pack_together():
