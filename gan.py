@@ -17,7 +17,7 @@ With D at its best V is -log 4 + 2 JS(p_data, p_g) in nats, least where p_g = p_
 -log 4 = -1.386 (theorem 1). Networks and training are those of the authors' code for MNIST
 (goodfeli/adversarial), which says more than the paper: relu in G, uniform noise of unit variance;
 maxout and dropout in D, which G's loss keeps; SGD with momentum, one update of both networks at
-once, from the same samples. G maximises log D, as section 3 advises.
+once, from the same samples. G maximises log D, as section 3 advises. There is no fused kernel here.
 
 Measured: V on held-out data, D without dropout; the log-likelihood of the test set under a Gaussian
 Parzen window on 10,000 samples (table 1), beside that on as many real training images; how far from
@@ -30,8 +30,6 @@ total variation and Jensen-Shannon divergence (nats) of p_g from it, in bins of 
 - Colour has MNIST's networks; the authors' were larger.
 - How figure 1 was made is not said. Here both networks are small, the noise is one number, and Adam
   moves them, at a rate that falls: SGD came nowhere near in a minute.
-
-Nothing here has a fused kernel: --kernels changes nothing.
 """
 
 import argparse
@@ -75,10 +73,9 @@ def arguments():
     add("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("GAN", "None: what suits the data").add_argument
     add("--lr", type=at_least(0, float), help="learning rate at first; on images 0.1")
-    decay = "each update divides the learning rate by 1 + this; on images 4e-6"
-    add("--lr-decay", type=at_least(0, float), help=decay)
+    add("--lr-decay", type=at_least(0, float), help="each update divides --lr by 1 + this; 4e-6")
     add("--saturating", action="store_true", help="G minimises log(1 - D), as in equation 1")
-    alternate = "algorithm 1: K updates of D, 1 if K is left out, then one of G; None: both at once"
+    alternate = "algorithm 1: K updates of D, or 1, then one of G; None: both at once"
     add("--alternate", type=at_least(1), nargs="?", const=1, metavar="K", help=alternate)
     return parser
 
@@ -109,8 +106,7 @@ class Generator(nn.Module):
         else:
             self.noise = 100
             layers = [
-                linear(100, width, 0.05), nn.ReLU(),
-                linear(width, width, 0.05), nn.ReLU(),
+                linear(100, width, 0.05), nn.ReLU(), linear(width, width, 0.05), nn.ReLU(),
                 linear(width, math.prod(shape), 0.05), nn.Sigmoid(), nn.Unflatten(1, shape),
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers)
@@ -140,7 +136,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.layers(x).squeeze(1)
+        return self.layers(x).squeeze(1).float()  # under autocast, too
 
 
 class Maxout(nn.Module):
@@ -192,8 +188,8 @@ class PaperSGD(torch.optim.Optimizer):
 def falling_adam(parameters, lr, decay):
     """Adam at a learning rate that each update divides by 1 + decay, for the line."""
     first, *others = parameters
-    rate, way = torch.tensor(lr, device=first.device), {"fused": True, "capturable": True}
-    optimizer = torch.optim.Adam([first, *others], rate, betas=(0.5, 0.9), **way)
+    rate = torch.tensor(lr, device=first.device)
+    optimizer = torch.optim.Adam([first, *others], rate, (0.5, 0.9), fused=True, capturable=True)
 
     def fall(*_):  # on the device and from the optimizer's own count, which a checkpoint has
         if state := optimizer.state.get(first):  # there is none before the first step
@@ -265,24 +261,23 @@ class Model(nn.Module):
 
 
 # ------------------------------------------------------------------ the line (figure 1)
-WEIGHTS, CENTRES, DEVIATIONS = (0.3, 0.5, 0.2), (-2.0, 0.0, 2.0), (0.6, 0.4, 0.5)
+MIXTURE = torch.tensor([[0.3, 0.5, 0.2], [-2, 0, 2], [0.6, 0.4, 0.5]])  # weights, means, deviations
 EDGES = torch.linspace(-4, 4, 201)  # of the bins in which densities are compared
 
 
 def line_set(n):
     """n points (n, 1) of a mixture of Gaussians to train on and 10,000 held out."""
     rng = torch.Generator().manual_seed(0)
-    label = torch.multinomial(torch.tensor(WEIGHTS), n + 10_000, replacement=True, generator=rng)
-    centre, deviation = torch.tensor([CENTRES, DEVIATIONS])[:, label, None]
-    points = centre + deviation * torch.randn(centre.shape, generator=rng)
-    return [*map(str, CENTRES)], points[:n], label[:n], points[n:], label[n:]
+    label = torch.multinomial(MIXTURE[0], n + 10_000, replacement=True, generator=rng)
+    mean, deviation = MIXTURE[1:, label, None]
+    points = mean + deviation * torch.randn(mean.shape, generator=rng)
+    return ["left", "middle", "right"], points[:n], label[:n], points[n:], label[n:]
 
 
 def data_share():
     """p_data exactly: its share below the first of EDGES, between each two, and above the last."""
-    below = torch.zeros(len(EDGES), dtype=torch.float64)
-    for weight, centre, deviation in zip(WEIGHTS, CENTRES, DEVIATIONS):
-        below += weight * torch.special.ndtr((EDGES.double() - centre) / deviation)
+    weight, mean, deviation = MIXTURE.double()[..., None]
+    below = (weight * torch.special.ndtr((EDGES - mean) / deviation)).sum(dim=0)
     return torch.cat([below.new_zeros(1), below, below.new_ones(1)]).diff()
 
 
@@ -375,22 +370,22 @@ def save_picture(generator, path, seed=0, discriminator=None):
 # ------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def evaluate(model, data):
-    """V, and the mean of D on real and on generated samples; and how near p_g is to p_data.
+    """V, the mean of D on 1,000 test and as many generated samples, and how near p_g is to p_data.
 
-    Of 1,000 test samples and as many generated. Of images, the log-likelihood of 500 held out under
-    a Parzen window on these: far below that on 10,000 samples, but soon measured.
+    Of images that is the log-likelihood of 500 held out under a Parzen window on those samples, far
+    below that on 10,000, but soon measured.
     """
     G, D = model.generator, model.discriminator
     fake = sample(G, 1000, seed=1)
     real, generated = D(some(data.test, 1000)), D(fake)
-    row = {"d_real": real.sigmoid().mean(), "d_fake": generated.sigmoid().mean()}
-    row["value"] = value(real, generated)
+    row = {"value": value(real, generated), "d_real": real.sigmoid().mean()}
+    row["d_fake"] = generated.sigmoid().mean()
     if G.noise == 1:
         row |= distances(data_share(), share(even_points(G)))
     else:
         held_out, sigmas = some(data.train[5::6], 500), np.geomspace(0.1, 0.5, 15).tolist()
-        nats = parzen(held_out.flatten(1), fake.flatten(1), sigmas)
-        row["parzen_estimate"] = nats.mean(dim=1).max()
+        nats = parzen(held_out.flatten(1), fake.flatten(1), sigmas).mean(dim=1)
+        row["parzen_estimate"] = nats.max()
     return {name: float(figure) for name, figure in row.items()}
 
 
@@ -413,7 +408,8 @@ def finish(model, data, folder, rows):
     """The pictures of a finished run, and what its summary.json has beside the last row."""
     save_curves(folder / "curves.png", rows)
     if data.name == "1d":
-        return save_strip(folder / "figure1.png", folder / "samples")
+        save_strip(folder / "figure1.png", folder / "samples")
+        return {}
     save_image(interpolate(model.generator), folder / "interpolation.png", nrow=10)
     seen, held_out = data.train[torch.arange(len(data.train)) % 6 < 5], data.train[5::6]
     images, real = sample(model.generator, SAMPLES), some(seen, SAMPLES)
@@ -431,13 +427,10 @@ def finish(model, data, folder, rows):
 
 def save_strip(path, folder):
     """Figure 1 over time: six of the panels in the folder, the first and the last among them."""
-    panels = [Image.open(panel) for panel in sorted(folder.glob("*.png"))]
+    panels = sorted(folder.glob("*.png"))
     at = np.unique(np.geomspace(1, len(panels), 6).round().astype(int)) - 1  # most happens early
-    strip = Image.new("RGB", (sum(panels[i].width for i in at), panels[0].height))
-    for place, i in enumerate(at):
-        strip.paste(panels[i], (place * panels[0].width, 0))
-    strip.save(path)
-    return {}
+    strip = np.concatenate([np.asarray(Image.open(panels[i])) for i in at], axis=1)
+    Image.fromarray(strip).save(path)
 
 
 def save_curves(path, rows):
@@ -445,12 +438,12 @@ def save_curves(path, rows):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes, measured = figure.subplots(1, 2), [row for row in rows if "value" in row]
-    axes[0].axhline(-math.log(4), color="grey", linestyle="--", label="-log 4")
+    left, right = figure.subplots(1, 2)
+    left.axhline(-math.log(4), color="grey", linestyle="--", label="-log 4")
     for name in ("value", "parzen_estimate", "total_variation", "jensen_shannon"):
-        points = [(row["step"], row[name]) for row in measured if name in row]
-        axes[name != "value"].plot(*zip(*points), ".-", label=name) if points else None
-    for axis in axes:
+        if points := [(row["step"], row[name]) for row in rows if name in row]:
+            (left if name == "value" else right).plot(*zip(*points), ".-", label=name)
+    for axis in (left, right):
         axis.set_xlabel("update")
         axis.legend()
     figure.savefig(path, dpi=120)

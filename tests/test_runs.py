@@ -46,7 +46,7 @@ QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kern
 SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "12", "--log-every", "10"]
 SMALL += ["--device", "cpu", "--kernels", "reference"]
 FREE = {"epochs", "max_steps", "log_every", "device", "dataset", "data_dir", "data"}
-FREE |= {"lr", "lr_d", "lr_g"}
+FREE |= {"lr", "lr_d", "lr_g", "lr_decay"}
 
 
 def shrink_all(patch):
@@ -586,7 +586,7 @@ def test_generate_with_codes(finished, refused):
 # ------------------------------------------------------------------ kernels
 def test_kernels_are_named_in_the_summary(script, finished, no_figures, monkeypatch):
     flags = small(script, finished, "--max-steps", "1")
-    used = "reference" if script.SCRIPT == "cgan" else "fused"  # cgan.py has none
+    used = "reference" if script.SCRIPT in ("gan", "cgan") else "fused"  # these have none
     script.main([*flags, "--out", "a", "--kernels", "auto"])
     assert summary("a")["kernels"] == used
     monkeypatch.setattr(script, "gan_kernels", None, raising=False)
