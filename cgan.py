@@ -624,11 +624,8 @@ def unit(images):
 # --- shared: parzen ---
 @torch.no_grad()
 def parzen(points, samples, sigmas, chunk=100):
-    """log p(x) in nats of each point (n, d), p being the mean of Gaussians on the samples (m, d).
-
-    Points may be uint8, for values in [0, 1]. Returns float64 (len(sigmas), n); the memory beside
-    does not grow with n.
-    """
+    """log p (len(sigmas), n) in nats, float64, of points (n, d); p is the mean of Gaussians on the
+    samples (m, d). Points may be uint8, for values in [0, 1]. Memory does not grow with n."""
     samples, (m, d) = samples.double(), samples.shape
     norms = samples.square().sum(dim=1)
     columns, hidden = [], None if sys.stderr else True  # None: where it is no terminal

@@ -111,10 +111,11 @@ class Generator(nn.Module):
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers)
 
-    def draw(self, n, rng=None):
-        """z of n samples, (n, noise): uniform, with mean 0 and variance 1."""
-        uniform = torch.rand(n, self.noise, device=self.layers[0].weight.device, generator=rng)
-        return (2 * uniform - 1) * math.sqrt(3)
+    def draw(self, n, seed=None):
+        """z of n samples, (n, noise): uniform, of variance 1; of a seed without a trace."""
+        device = self.layers[0].weight.device
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return (2 * torch.rand(n, self.noise, device=device, generator=rng) - 1) * math.sqrt(3)
 
     def forward(self, z):
         return self.layers(z)
@@ -130,8 +131,7 @@ class Discriminator(nn.Module):
         else:
             layers = [
                 nn.Flatten(), nn.Dropout(0.2), Maxout(math.prod(shape), units, 5),
-                nn.Dropout(0.5), Maxout(units, units, 5),
-                nn.Dropout(0.5), linear(units, 1, 0.005),
+                nn.Dropout(0.5), Maxout(units, units, 5), nn.Dropout(0.5), linear(units, 1, 0.005),
             ]  # fmt: skip
         self.layers = nn.Sequential(*layers)
 
@@ -289,8 +289,7 @@ def share(points):
 
 def distances(p, q):
     """Total variation, from 0 to 1, and Jensen-Shannon divergence, to log 2, of two densities."""
-    middle = (p + q) / 2
-    divergence = sum(torch.special.xlogy(x, x / middle).nansum() for x in (p, q)) / 2
+    divergence = sum(torch.special.xlogy(x, 2 * x / (p + q)).nansum() for x in (p, q)) / 2
     return {"total_variation": (p - q).abs().sum() / 2, "jensen_shannon": divergence}
 
 
@@ -305,15 +304,13 @@ def even_points(generator, n=100_000):
 @torch.no_grad()
 def sample(generator, n, seed=0):
     """n images (n, channels, size, size) in [0, 1], or points (n, 1); no other draws change."""
-    rng = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
-    return torch.cat([generator(z) for z in generator.draw(n, rng).split(500)])
+    return torch.cat([generator(z) for z in generator.draw(n, seed).split(500)])
 
 
 @torch.no_grad()
 def interpolate(generator, rows=10, columns=10, seed=0):
     """Figure 3: images (rows x columns); along a row z goes straight from one to another."""
-    rng = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
-    start, end = generator.draw(2 * rows, rng).view(2, rows, 1, -1)
+    start, end = generator.draw(2 * rows, seed).view(2, rows, 1, -1)
     way = torch.linspace(0, 1, columns, device=start.device)[:, None]
     return generator(torch.lerp(start, end, way).flatten(0, 1))
 
@@ -367,14 +364,12 @@ def save_picture(generator, path, seed=0, discriminator=None):
     Image.open(picture).convert("RGB").save(path)  # in formats that matplotlib has not, too
 
 
-# ------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------ evaluation and figures
 @torch.no_grad()
 def evaluate(model, data):
-    """V, the mean of D on 1,000 test and as many generated samples, and how near p_g is to p_data.
-
-    Of images that is the log-likelihood of 500 held out under a Parzen window on those samples, far
-    below that on 10,000, but soon measured.
-    """
+    """V, the mean of D on 1,000 test and as many generated samples, and how near p_g is to p_data:
+    of images, the log-likelihood of 500 held out under a Parzen window on those, far below that on
+    10,000, but soon measured."""
     G, D = model.generator, model.discriminator
     fake = sample(G, 1000, seed=1)
     real, generated = D(some(data.test, 1000)), D(fake)
@@ -403,7 +398,6 @@ def nearest(images, among):
     return neighbours, (images - neighbours).flatten(1).norm(dim=1)
 
 
-# ------------------------------------------------------------------ figures
 def finish(model, data, folder, rows):
     """The pictures of a finished run, and what its summary.json has beside the last row."""
     save_curves(folder / "curves.png", rows)
@@ -580,11 +574,8 @@ Data = namedtuple("Data", "name classes train train_labels test test_labels")
 # --- shared: parzen ---
 @torch.no_grad()
 def parzen(points, samples, sigmas, chunk=100):
-    """log p(x) in nats of each point (n, d), p being the mean of Gaussians on the samples (m, d).
-
-    Points may be uint8, for values in [0, 1]. Returns float64 (len(sigmas), n); the memory beside
-    does not grow with n.
-    """
+    """log p (len(sigmas), n) in nats, float64, of points (n, d); p is the mean of Gaussians on the
+    samples (m, d). Points may be uint8, for values in [0, 1]. Memory does not grow with n."""
     samples, (m, d) = samples.double(), samples.shape
     norms = samples.square().sum(dim=1)
     columns, hidden = [], None if sys.stderr else True  # None: where it is no terminal
