@@ -404,43 +404,6 @@ def right_labels(model, data, images, labels):
     return right.mean().item(), dict(zip(data.classes, share))
 
 
-@torch.no_grad()
-def parzen(points, samples, sigmas, chunk=100):
-    """log p(x) in nats of each point (n, d), p being the mean of Gaussians on the samples (m, d).
-
-    Points may be uint8, for values in [0, 1]. Returns float64 (len(sigmas), n); the memory beside
-    does not grow with n.
-    """
-    samples, (m, d) = samples.double(), samples.shape
-    norms = samples.square().sum(dim=1)
-    columns, hidden = [], None if sys.stderr else True  # None: where it is no terminal
-    for x in tqdm(points.split(chunk), "Parzen window", leave=False, disable=hidden):
-        x = unit(x).double()
-        square = (x.square().sum(dim=1, keepdim=True) + norms - 2 * x @ samples.T).clamp_min(0)
-        windows = [
-            (square / (-2 * s**2)).logsumexp(dim=1) - d * math.log(s * math.sqrt(2 * math.pi))
-            for s in sigmas
-        ]
-        columns.append(torch.stack(windows))
-    return torch.cat(columns, dim=1) - math.log(m)
-
-
-def parzen_figures(samples, data):
-    """Table 1: mean log-likelihood of the test set, its standard error, and sigma."""
-    samples = samples.flatten(1)
-    sigmas = np.geomspace(0.05, 1, 30).tolist()
-    n = min(1000, len(data.train))
-    held = data.train[torch.arange(n) * len(data.train) // n]  # of every class
-    sigma = sigmas[parzen(held.flatten(1), samples, sigmas).mean(dim=1).argmax().item()]
-    nats = parzen(data.test.flatten(1), samples, [sigma])[0]
-    error = nats.std(correction=0).item() / math.sqrt(len(nats))
-    return {
-        "parzen_nats": nats.mean().item(),
-        "parzen_standard_error": error,
-        "parzen_sigma": sigma,
-    }
-
-
 # ------------------------------------------------------------------ figures
 def finish(model, data, folder, rows):
     """The picture of a finished run, and what its summary.json has beside the last row."""
@@ -653,6 +616,41 @@ def classify(classifier, images):
 def unit(images):
     """Images, uint8 or already floats in [0, 1], as floats in [0, 1]."""
     return images if images.is_floating_point() else images / 255
+
+
+# --- end shared ---
+
+
+# --- shared: parzen ---
+@torch.no_grad()
+def parzen(points, samples, sigmas, chunk=100):
+    """log p (len(sigmas), n) in nats, float64, of points (n, d); p is the mean of Gaussians on the
+    samples (m, d). Points may be uint8, for values in [0, 1]. Memory does not grow with n."""
+    samples, (m, d) = samples.double(), samples.shape
+    norms = samples.square().sum(dim=1)
+    columns, hidden = [], None if sys.stderr else True  # None: where it is no terminal
+    for x in tqdm(points.split(chunk), "Parzen window", leave=False, disable=hidden):
+        x = (x if x.is_floating_point() else x / 255).double()
+        square = (x.square().sum(dim=1, keepdim=True) + norms - 2 * x @ samples.T).clamp_min(0)
+        windows = [
+            (square / (-2 * s**2)).logsumexp(dim=1) - d * math.log(s * math.sqrt(2 * math.pi))
+            for s in sigmas
+        ]
+        columns.append(torch.stack(windows))
+    return torch.cat(columns, dim=1) - math.log(m)
+
+
+def parzen_figures(samples, data):
+    """The mean log-likelihood of data.test, its standard error, and sigma, chosen on data.train."""
+    samples = samples.flatten(1)
+    sigmas = np.geomspace(0.05, 1, 30).tolist()
+    n = min(1000, len(data.train))
+    held = data.train[torch.arange(n) * len(data.train) // n]  # of every class
+    sigma = sigmas[parzen(held.flatten(1), samples, sigmas).mean(dim=1).argmax().item()]
+    nats = parzen(data.test.flatten(1), samples, [sigma])[0]
+    error = nats.std(correction=0).item() / math.sqrt(len(nats))
+    figures = {"parzen_nats": nats.mean().item(), "parzen_standard_error": error}
+    return figures | {"parzen_sigma": sigma}
 
 
 # --- end shared ---

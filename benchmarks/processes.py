@@ -21,12 +21,8 @@ from timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = {
-    "infogan": 128,
-    "cgan": 128,
-    "wgan_gp": 48,
-    "dcgan": 128,
-}  # the batch, which the numbers must divide
+# the batch, which the numbers must divide
+SCRIPTS = {"infogan": 128, "gan": 100, "cgan": 128, "dcgan": 128, "wgan_gp": 48}
 WARM, UPDATES, ROUNDS = 5, 10, 2
 
 

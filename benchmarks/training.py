@@ -27,6 +27,7 @@ MATRIX, SECONDS = 2048, 40
 # script, kernels: its update with default arguments on 28 x 28 grey images
 ROWS = [
     ("infogan", "fused"),
+    ("gan", "reference"),
     ("cgan", "reference"),
     ("dcgan", "reference"),
     ("wgan_gp", "fused"),

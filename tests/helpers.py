@@ -121,6 +121,7 @@ def refused_by(script, capsys, *flags):
 # ------------------------------------------------------------------ smaller scripts
 SMALL_NETWORKS = {  # by flags, beside what shrink does
     "infogan": [],
+    "gan": [],
     "cgan": ["--network", "mlp"],
     "wgan_gp": ["--dim", "4", "--n-critic", "1"],
     "dcgan": ["--width", "4"],
@@ -152,6 +153,7 @@ def shrink(script, patch=setattr):
     """Makes a run of the script a matter of a second; patch may be a monkeypatch's setattr."""
     smaller_networks = {
         "infogan": {"Generator": small_generator, "Discriminator": small_d_and_q},
+        "gan": {},
         "cgan": {"MLPGenerator": small_mlp_generator, "MLPDiscriminator": small_maxout},
         "wgan_gp": {},
         "dcgan": {},
@@ -162,6 +164,10 @@ def shrink(script, patch=setattr):
         patch(network, "__init__", smaller(network.__init__, replace))
     if script.SCRIPT == "infogan":
         patch(script.code_effects, "__defaults__", (4, 5))  # rows and points
+    if script.SCRIPT == "gan":
+        patch(script, "SAMPLES", 200)
+        patch(script.Generator.__init__, "__defaults__", ((1, 28, 28), 16))  # shape and width
+        patch(script.Discriminator.__init__, "__defaults__", ((1, 28, 28), 8))
     if script.SCRIPT == "cgan":
         patch(script, "SAMPLES", 200)
         patch(script.train_classifier, "__defaults__", (1, 2, 32))  # epochs, updates, batch
