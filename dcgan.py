@@ -396,7 +396,9 @@ def svm_protocol(extract, data, draws, seed=0):
     held, pool = shuffled[: len(labels) // 6][:10_000], shuffled[len(labels) // 6 :]
 
     def errors(n, tests, penalties):
-        for index in labelled_draws(labels[pool], n, rng):
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        draws_of_labels = labelled_draws(labels[pool], n, rng)
+        for index in tqdm(draws_of_labels, "SVM", n, leave=False, disable=hidden):
             chosen = pool[index]
             yield svm_error(extract, data.train[chosen], labels[chosen], tests, penalties)
 
