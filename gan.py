@@ -59,7 +59,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 SCRIPT = "gan"
-SETS = {"1d": lambda: line_set(50_000)}  # data sets of this script's own
+SETS = {"1d": lambda: line_set(200_000)}  # data sets of this script's own
 SAMPLES = 10_000  # for the closing measurements
 
 
@@ -84,7 +84,7 @@ def suit(args, data):
     """Gives the flags that were left out what suits the data."""
     batch_size, epochs, lr, lr_decay = 100, 250, 0.1, 4e-6
     if data.name == "1d":
-        batch_size, epochs, lr, lr_decay = 500, 30, 2e-3, 1e-3
+        batch_size, epochs, lr, lr_decay = 2000, 30, 2e-3, 1e-3
         torch.set_num_threads(1)  # so little work is no faster on two, which wait for each other
     few = max(2, len(data.train) // (args.alternate or 1))
     args.batch_size = args.batch_size or min(batch_size, few)
