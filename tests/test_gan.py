@@ -198,10 +198,10 @@ def test_alternate_is_algorithm_1(monkeypatch):
     assert parse(["--alternate"]).alternate == 1 and parse([]).alternate is None
 
 
-def test_every_sixth_image_is_held_out():
+def test_every_seventh_image_is_held_out():
     model, data = made_model()
-    (seen,) = model.batch(data, torch.arange(12))
-    numbers = [0, 1, 2, 3, 4, 4, 6, 7, 8, 9, 10, 10]
+    (seen,) = model.batch(data, torch.arange(14))
+    numbers = [0, 1, 2, 3, 4, 5, 5, 7, 8, 9, 10, 11, 12, 12]
     assert torch.equal(seen, data.train[numbers] / 255)
 
 
@@ -230,14 +230,14 @@ def test_ceiling_is_the_score_of_real_images(monkeypatch, tmp_path):
     Images N(1/2, 0.2) in each pixel, so that sigma is known: one sample's best is 0.2 * root 2.
     """
     rng = torch.Generator().manual_seed(0)
-    train = (127.5 + 51 * torch.randn(120, 1, 28, 28, generator=rng)).clamp(0, 255).byte()
-    model, data = made_model(data=made_data()._replace(train=train, test=train[5::6]))
-    real = gan.some(train[torch.arange(120) % 6 < 5], 200)
+    train = (127.5 + 51 * torch.randn(140, 1, 28, 28, generator=rng)).clamp(0, 255).byte()
+    model, data = made_model(data=made_data()._replace(train=train, test=train[6::7]))
+    real = gan.some(train[torch.arange(140) % 7 < 6], 200)
     monkeypatch.setattr(gan, "sample", lambda generator, n: real)
     monkeypatch.setattr(gan, "save_curves", lambda *_: None)
     found = gan.finish(model.eval(), data, tmp_path, [])
     assert found["parzen_nats"] == found["parzen_nats_of_real_images"]
-    assert found["parzen_real_images"] == 100
+    assert found["parzen_real_images"] == 120
     assert abs(found["parzen_sigma"] / (0.2 * 2**0.5) - 1) < 0.12  # the grid's step
     assert found["nearest_training_image"] == 0 < found["nearest_training_image_of_real"]
 
@@ -322,7 +322,7 @@ def test_run_on_the_line_goes_on_and_is_drawn_from(line, capsys):
 
 # ------------------------------------------------------------------ whole runs
 def test_run_on_images_leaves_figures_and_their_numbers():
-    write_mnist("data", train=60, test=20)
+    write_mnist("data", train=70, test=20)
     flags = ["--dataset", "mnist", "--batch-size", "10", "--epochs", "2", "--device", "cpu"]
     gan.main([*flags, "--out", "run"])
     names = {path.name for path in Path("run").iterdir()}
@@ -330,7 +330,7 @@ def test_run_on_images_leaves_figures_and_their_numbers():
     with Image.open("run/nearest.png") as image:
         assert image.size == (10 * 30 + 2, 10 * 30 + 2)
     found = json.loads(Path("run/summary.json").read_text())
-    assert found["parzen_real_images"] == 50 and found["parzen_nats_of_real_images"] < 0
+    assert found["parzen_real_images"] == 60 and found["parzen_nats_of_real_images"] < 0
     assert found["nearest_training_image"] > 0 and found["parzen_estimate"] < 0
     assert (found["lr"], found["lr_decay"], found["epochs"]) == (0.1, 4e-6, 2)
     images = gan.sample(gan.load_generator("run/checkpoint.pt"), 3)
@@ -358,4 +358,4 @@ def test_bad_flags(capsys):
         assert flags[0] in refused(capsys, "--dataset", "digits", *flags)
     write_images("pictures", n=5)
     flags = ["--dataset", "folder", "--data-dir", "pictures", "--batch-size", "2", "--out", "run"]
-    assert "6 are the least" in error_of(gan, capsys, *flags) and not Path("run").exists()
+    assert "7 are the least" in error_of(gan, capsys, *flags) and not Path("run").exists()
