@@ -25,9 +25,9 @@ the nearest training image samples are, and test images (figure 2). On the line 
 total variation and Jensen-Shannon divergence (nats) of p_g from it, in bins of 0.04. Departures:
 
 - The authors train on the first 50,000 images, choose sigma on the rest, and stop by hand. Here
-  every seventh is held out for sigma, the one before it coming twice an epoch (an even number would
-  not do: MNIST's even images have thinner strokes), and a run ends with its last epoch. Sigma is the best of 30 values from 0.05 to 1, theirs of 10 from 0.1.
-- Colour has MNIST's networks; the authors' were larger.
+  every seventh is held out (MNIST's even and odd images differ in stroke, so no even number would
+  do), the one before it coming twice an epoch, and a run ends with its last epoch. Sigma is the
+  best of 30 values from 0.05 to 1, theirs of 10 from 0.1. Colour has MNIST's networks.
 - How figure 1 was made is not said. Here both networks are small, the noise is one number, and Adam
   moves them, at a rate that falls: SGD came nowhere near in a minute.
 """
