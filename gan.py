@@ -9,7 +9,8 @@ noise into samples, D tells them from data, and each learns from the other.
     python gan.py --dataset 1d     # figure 1: data, samples and D on a line, in a minute
     python gan.py --generate runs/.../checkpoint.pt --out grid.png
 
-CLAIM
+Parzen log-likelihood of MNIST 171.5 +- 1.8 nats after 38,000 updates, 64 epochs (n = 1, seed 0; one
+core of an AMD EPYC; paper 225, real images 242.7). Every run: docs/gan.md.
 
     min over G, max over D:  V(D, G) = E[log D(x)] + E[log(1 - D(G(z)))]            (equation 1)
 
@@ -25,9 +26,9 @@ the nearest training image samples are, and test images (figure 2). On the line 
 total variation and Jensen-Shannon divergence (nats) of p_g from it, in bins of 0.04. Departures:
 
 - The authors train on the first 50,000 images, choose sigma on the rest, and stop by hand. Here
-  every seventh is held out for sigma, the one before it coming twice an epoch (an even number would
-  not do: MNIST's even images have thinner strokes), and a run ends with its last epoch. Sigma is the best of 30 values from 0.05 to 1, theirs of 10 from 0.1.
-- Colour has MNIST's networks; the authors' were larger.
+  every seventh is held out (MNIST's even and odd images differ in stroke, so no even number would
+  do), the one before it coming twice an epoch, and a run ends with its last epoch. Sigma is the
+  best of 30 values from 0.05 to 1, theirs of 10 from 0.1. Colour has MNIST's networks.
 - How figure 1 was made is not said. Here both networks are small, the noise is one number, and Adam
   moves them, at a rate that falls: SGD came nowhere near in a minute.
 """
