@@ -10,8 +10,8 @@ that train stably as a GAN, and whose discriminator has learned features worth h
     python dcgan.py --dataset folder --data-dir pictures --image-size 64 --width 32
     python dcgan.py --generate runs/.../checkpoint.pt --out grid.png
 
-CLAIM
-Every run, and what the departures below do: docs/dcgan.md.
+After 400 updates on Fashion-MNIST an SVM on D's features errs on 17.6 % (n = 20 draws of 1,000
+labels, one run), of D untrained 18.2, of raw pixels 20.2. Every run: docs/dcgan.md.
 
 The networks follow the guidelines of section 3, for images of any even size and any channels:
 
