@@ -252,7 +252,6 @@ class Model(nn.Module):
     def __init__(self, args, data):
         super().__init__()
         self.args, self.samples_per_step, self.kernels = args, args.batch_size, "reference"
-        self.yardstick = None  # a classifier and its accuracy, trained when they are needed
         sizes = data.train.shape[1:], args.width, data.classes if args.label is not None else ()
         self.generator, self.discriminator = Generator(*sizes), Discriminator(*sizes)
         self.to(data.train.device, memory_format=torch.channels_last)
@@ -381,17 +380,15 @@ def labelled_draws(labels, n, rng, per_class=100):
 def svm_error(extract, images, labels, tests, penalties):
     """Errors (len(penalties),) on tests (rows, labels) of SVMs that learn from these images."""
     rows, truth = tests
-    base, x = np.linalg.qr(
-        extract(images).T
-    )  # in the space that the images span an SVM is the same
+    base, x = np.linalg.qr(extract(images).T)  # in the space that they span an SVM is the same
     machines = [LinearSVC(C=c, random_state=0).fit(x.T, labels) for c in penalties]
     return np.array([np.mean(machine.predict(rows @ base) != truth) for machine in machines])
 
 
-def svm_protocol(extract, data, draws, seed=0):
+def svm_protocol(extract, data, draws):
     """Section 5.2: the mean test error over fresh draws of 1,000 labels, its spread (1.96 standard
     deviations), and C, the best on a sixth of the training images over ten draws of the others."""
-    rng, labels = np.random.default_rng(seed), data.train_labels.cpu().numpy()
+    rng, labels = np.random.default_rng(0), data.train_labels.cpu().numpy()
     shuffled = rng.permutation(len(labels))
     held, pool = shuffled[: len(labels) // 6][:10_000], shuffled[len(labels) // 6 :]
 
@@ -528,9 +525,12 @@ def finish(model, data, folder, rows):
         figures |= arithmetic_figures(classes, images, classifier)
     torch.manual_seed(model.args.seed)
     untrained = Model(model.args, data).discriminator  # as it was when the run began
-    for name, network in (("svm", D), ("svm_untrained", untrained), ("svm_pixels", None)):
-        fixed = network and with_fixed_statistics(network, data.train)
-        extract = functools.partial(features, fixed) if fixed else pixels
+    learned, as_begun = (
+        functools.partial(features, with_fixed_statistics(network, data.train))
+        for network in (D, untrained)
+    )
+    contestants = {"svm": learned, "svm_untrained": as_begun, "svm_pixels": pixels}
+    for name, extract in contestants.items():
         found = svm_protocol(extract, data, model.args.draws)
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     return figures
@@ -561,10 +561,8 @@ def save_curves(path, rows):
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("svm_error", "neighbour_error"):
-        measured = [row for row in rows if name in row]
-        if measured:
-            values = [row[name] for row in measured]
-            left.plot([row["step"] for row in measured], values, marker=".", label=name)
+        if measured := [(row["step"], row[name]) for row in rows if name in row]:
+            left.plot(*zip(*measured), marker=".", label=name)
             left.legend()
     for name in ("loss_d", "loss_g"):
         right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
