@@ -459,7 +459,7 @@ def run_arguments(description):
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     add("--epochs", type=at_least(1), help="passes over the data; None: what suits them")
-    add("--batch-size", type=at_least(2), help="over all processes; None: what suits the data")
+    add("--batch-size", type=at_least(1), help="over all processes; None: what suits the data")
     add("--max-steps", type=at_least(1), help="end the run after so many updates")
     add("--log-every", type=at_least(1), default=100, help="updates a row of metrics.csv")
     add("--seed", type=at_least(0), default=0, help="of weights, noise and the order of the data")
@@ -671,7 +671,8 @@ def train(args, state=None):
     suit(args, data)
     torch.manual_seed(args.seed)  # the same weights in every process
     model, folder, n = Model(args, data), Path(args.out), len(data.train)
-    if model.samples_per_step > n or args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+    least = WORLD * (1 + any("BatchNorm" in type(m).__name__ for m in model.modules()))
+    if model.samples_per_step > n or args.batch_size % WORLD or args.batch_size < least:
         raise UsageError(f"--batch-size {args.batch_size}: {n} samples on {WORLD} processes")
     facts = {"about": data[1], "shape": [*data.train.shape]}  # of images data[1] are the classes
     run = (state or {"rows": []}) | {"script": SCRIPT, "config": vars(args), "data": facts}
@@ -717,7 +718,7 @@ def run_updates(args, model, data, state):
         measuring = step == total or step % stage % 1000 == 0
         if not measuring and step % args.log_every:
             continue
-        average(means := torch.stack(losses).mean(dim=0))
+        average([means := torch.stack(losses).mean(dim=0)])
         losses.clear()
         if not (means.sum() + nn.utils.get_total_norm(model.parameters())).isfinite():
             raise FloatingPointError(f"nan by update {step}; lower the learning rates")
@@ -745,9 +746,8 @@ def stepper(args, model, device):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     cast = torch.autocast(device.type, torch.bfloat16, bf16, False)  # a cache would be stale
     step, warm, kept = cast(functools.partial(train_step, model)), iter(range(3)), []
-    for optimizer in model.optimizers:
-        parameters = optimizer.param_groups[0]["params"]
-        optimizer.register_step_pre_hook(lambda *_, own=parameters: average(*(p.grad for p in own)))
+    for x in model.optimizers:
+        x.register_step_pre_hook(lambda x, *_: average(p.grad for p in x.param_groups[0]["params"]))
 
     def replay(*batch):
         if next(warm, None) is not None:  # what is set up once must be there before the capture
@@ -764,7 +764,7 @@ def stepper(args, model, device):
     return step if device.type == "cpu" or args.no_graph else replay
 
 
-def average(*tensors):
+def average(tensors):
     """Replaces each tensor by its mean over the processes."""
     for tensor in tensors if WORLD > 1 else ():
         dist.all_reduce(tensor)

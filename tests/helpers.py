@@ -16,7 +16,7 @@ from torch import nn
 
 from tools.sync_shared import SCRIPTS
 
-ALL = (*SCRIPTS, "ctgan")  # SCRIPTS are those of pictures
+ALL = (*SCRIPTS, "ctgan", "pix2pix")  # SCRIPTS are those of images
 
 
 # ------------------------------------------------------------------ made data
@@ -62,6 +62,15 @@ def write_table(path="table.csv", rows=100):
             day = np.datetime64("2020-01-01") + int(rng.integers(999))
             gap = rng.integers(99) if i % 5 else ""
             lines.writerow([kind, rng.integers(1000), f"{rng.normal():.2f}", gap, day])
+
+
+def write_pairs(folder="data", n=100, size=(16, 16)):
+    """Pictures with A, noise, at the left, and B, its negative, at the right."""
+    rng = np.random.default_rng(0)
+    Path(folder).mkdir(exist_ok=True)
+    for i in range(n):
+        a = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(np.concatenate([a, 255 - a], axis=1)).save(Path(folder, f"{i:03}.png"))
 
 
 # ------------------------------------------------------------------ what a run has left
@@ -126,6 +135,7 @@ SMALL_NETWORKS = {  # by flags, beside what shrink does
     "wgan_gp": ["--dim", "4", "--n-critic", "1"],
     "dcgan": ["--width", "4"],
     "ctgan": ["--dim", "8", "--noise", "4", "--pac", "2"],
+    "pix2pix": ["--dataset", "folder", "--data-dir", "data", "--width", "2"],
 }
 # --data goes before any --dataset; what is not held out are as many samples as made MNIST has
 SMALL_NETWORKS["ctgan"] += ["--data", "table.csv", "--test-rows", "20"]
@@ -158,6 +168,7 @@ def shrink(script, patch=setattr):
         "wgan_gp": {},
         "dcgan": {},
         "ctgan": {},
+        "pix2pix": {},
     }
     for name, replace in smaller_networks[script.SCRIPT].items():
         network = getattr(script, name)

@@ -20,6 +20,7 @@ from helpers import (
     weights,
     without_figures,
     without_method,
+    write_pairs,
     write_table,
 )
 from torch import nn
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo on Linux")
 def together(start):
     """Starts a number of processes of one run, as torchrun does."""
     write_table()
+    write_pairs()
 
     def begin(world, name, *flags, prepare=None):
         with socket.socket() as free:

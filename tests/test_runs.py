@@ -34,6 +34,7 @@ from helpers import (
     without_method,
     write_images,
     write_mnist,
+    write_pairs,
     write_table,
 )
 from PIL import Image
@@ -75,6 +76,7 @@ def finished(script, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
     write_mnist(run.parent / "data", train=80, test=20)
     write_table(run.parent / "table.csv", rows=100)
+    write_pairs(run.parent / "data", n=100)
     with pytest.MonkeyPatch.context() as patch:
         shrink_all(patch.setattr)
         script.main(small(script, run, "--out", run))
@@ -844,7 +846,7 @@ def test_settings_of_the_process_are_as_before(error, script, finished, monkeypa
     before = torch.get_num_threads(), socket.getdefaulttimeout()
     with pytest.raises(SystemExit) if error else contextlib.nullcontext():
         script.main(small(script, finished, "--out", "run", "--max-steps", 1))
-    limit = None if script.SCRIPT == "ctgan" else 5  # it has nothing to download
+    limit = None if script.SCRIPT in ("ctgan", "pix2pix") else 5  # there is nothing to download
     assert found == [limit] and (torch.get_num_threads(), socket.getdefaulttimeout()) == before
 
 
@@ -855,6 +857,7 @@ def test_scripts_alone_in_an_empty_folder():
     for name in ALL:
         Path(name).mkdir()
         write_table(f"{name}/table.csv")
+        write_pairs(f"{name}/data")
         shutil.copy(ROOT / f"{name}.py", name)
         hide = f"import sys, runpy; sys.modules['gan_kernels'] = None; sys.argv[0] = '{name}.py'; "
         code = f"{hide}runpy.run_path('{name}.py', run_name='__main__')"

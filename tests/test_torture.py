@@ -25,6 +25,7 @@ from helpers import (
     shrink,
     without_method,
     write_mnist,
+    write_pairs,
     write_table,
 )
 
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and lim
 def data():
     write_mnist("data", train=40, test=10)
     write_table(rows=60)
+    write_pairs(n=50)
 
 
 def outcome(folder):
