@@ -24,12 +24,14 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX, SECONDS = 2048, 40
-# script, kernels: its update with default arguments on 28 x 28 grey images
+# script, kernels: its update with default arguments on 28 x 28 grey images, pix2pix.py's on a pair
+# of 256 x 256 in colour
 ROWS = [
     ("infogan", "fused"),
     ("gan", "reference"),
     ("cgan", "reference"),
     ("dcgan", "reference"),
+    ("pix2pix", "reference"),
     ("wgan_gp", "fused"),
     ("wgan_gp", "reference"),
     ("wgan_gp", "floor"),
@@ -63,7 +65,13 @@ def whole_update(script, kernels, mode, images):
     args = script.arguments().parse_args(flags + ["--no-graph"] * (mode == GPU_MODES[0]))
     torch.manual_seed(0)
     labels = torch.arange(len(images), device=images.device) % 10
-    data = script.Data("random", [*map(str, range(10))], images, labels, images, labels)
+    if script.SCRIPT == "pix2pix":
+        pairs = torch.randint(256, (2, 6, 256, 256), dtype=torch.uint8, device=images.device)
+        about = {"input": 3, "output": 3, "swapped": False, "colour": False, "labels": ""}
+        images = torch.full((2, 2), 256, device=images.device)  # their sides
+        data = script.Data("random", about, images, pairs, pairs)
+    else:
+        data = script.Data("random", [*map(str, range(10))], images, labels, images, labels)
     if hasattr(script, "suit"):
         script.suit(args, data)
         model = script.Model(args, data)
