@@ -829,7 +829,7 @@ def main(argv=None):
         parser.exit(2, f"{SCRIPT}: error: another process is at the run {args.out}; stop it\n")
     except (UsageError, OSError, RuntimeError, MemoryError) as error:
         advice = "; smaller --batch-size or networks need less" * ("allocate" in str(error))
-        if isinstance(error, RuntimeError) and not advice:
+        if isinstance(error, RuntimeError) and not advice and "state_dict" not in str(error):
             raise
         parser.exit(2, f"{SCRIPT}: error: {error}{advice}\n")
     finally:  # a notebook goes on

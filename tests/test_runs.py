@@ -747,7 +747,7 @@ def lacking(kept):
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--generate"])
-def test_bad_checkpoints(flag, script, finished, refused):
+def test_bad_checkpoints(flag, script, finished, refused, capsys):
     whole = (finished / "checkpoint.pt").read_bytes()
     assert "nowhere.pt" in refused(flag, "nowhere.pt")
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
@@ -760,6 +760,14 @@ def test_bad_checkpoints(flag, script, finished, refused):
         torch.save(content, "other.pt")
         assert f"no whole checkpoint of {script.SCRIPT}" in refused(flag, "other.pt")
     assert "stylegan" in refused(flag, "other.pt")
+    Path("lack").mkdir()
+    own = [name for name in state["model"] if name.startswith("generator.")]
+    name = own[0] if own else next(iter(state["model"]))
+    torch.save(
+        state | {"model": {k: w for k, w in state["model"].items() if k != name}},
+        "lack/checkpoint.pt",
+    )
+    assert name.removeprefix("generator.") in error_of(script, capsys, flag, "lack/checkpoint.pt")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--generate"])
