@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.10", "torchvision", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
-"""Class-preserving oversampling (Mondal, Singhal, Tiwary, Singla & Prathosh, AISTATS 2023, PMLR 206,
-3440-3465): rare classes filled up with convex combinations of their images' latents, decoded.
+"""Class-preserving oversampling (Mondal, Singhal, Tiwary, Singla & Prathosh, AISTATS 2023, PMLR
+206:3440-3465): new images of rare classes, decoded from convex combinations of latents.
 
-    python oversampling.py                          # MNIST, or scikit-learn's digits, made imbalanced
+    python oversampling.py --dataset digits      # scikit-learn's digits, made imbalanced
     python oversampling.py --dataset folder --data-dir pictures --balance balanced   # your own
     python oversampling.py --generate runs/.../checkpoint.pt --label 9 --out nines.png
 
@@ -23,25 +23,26 @@ is a new latent of the class. An update is
     D   -E[C(D(z'), y)]: it has nothing to match pixel by pixel, as z' is no image's latent
 
 on batches that have all classes alike. What classifies is argmax L(E(x)), without another training;
-D fills up the set for other classifiers. Averages of the weights over updates are what is used.
+D fills up the set for other classifiers. Averages of the weights over the updates are used.
 
 The paper's claims, in words: the classifier needs no retraining and beats SMOTE and its like; the
-images are of the class. Its tables could not be had, so no number of them stands here. The script
-measures, all rows with one encoder and as many updates (table.csv): no oversampling, class weights,
-copies, SMOTE on pixels, uniform alpha, the mixer, the full method, and a fresh classifier on the set
-that D filled up. ACSA is the mean recall of the classes, GM their geometric mean, which falls with
-the worst class. Then how many generated images a classifier of the whole set finds in their class,
-their density and coverage (Naeem et al. 2020) beside held-out images, and what alpha is like.
+images are of their class. Its tables could not be had, so none of their numbers stands here. The
+script measures them in table.csv, all rows with one encoder and as many updates: no oversampling,
+class weights, copies, SMOTE on pixels, uniform alpha, the mixer, the full method, and a fresh
+classifier on the set that D filled up. ACSA is the mean recall of the classes, GM their geometric
+mean, which falls with the worst. Then: how many generated images a classifier of the whole set
+finds in their class, their density and coverage (Naeem et al. 2020) beside held-out images, alpha.
 
-Where the published code (arnabkmondal/OversamplingRAE, which has no licence and of which nothing is
-here) departs from the text, the text is followed, or flags choose: --conditional-decoder, and
---class-weight for a cross-entropy of L(E(D(z'))) in D's loss. From the code are the mixer's inputs
-(latents, noise, label), the layers' kinds, and the average's 0.99. Departures of ours:
+Where the published code (arnabkmondal/OversamplingRAE: without a licence, so nothing of it is here)
+departs from the text, the text is followed but for what made the difference here: D sees the label
+(--decoder), and its loss has the cross-entropy of L(E(D(z'))) in it (--class-weight). From the code
+are also the mixer's inputs (latents, noise, label), the kinds of layers, and the average's 0.99.
+Departures of ours:
 
-- C and D learn from latents of the averaged E, which is the one that sampling uses. The code's own
-  lets every update of the critic move E's batch norm.
-- The networks are half as wide, and D ends in its second transposed convolution.
-- An update of all networks is one each, and n_critic of C; the code has 1, 4 and 20. There are far
+- C and D learn from latents of the averaged E, which is what sampling uses; in the code each update
+  of the critic moves E's batch norm, too.
+- The networks are a quarter as wide, and D ends in its second transposed convolution.
+- To an update of the others are n_critic of C; the code has 1 of E, 4 of D and 20. There are far
   fewer updates, at higher rates, and no augmentation but --shift.
 """
 
@@ -83,8 +84,7 @@ SCRIPT = "oversampling"
 SETS = {}  # data sets of this script's own
 # images kept of each class: those of the literature (GAMO, DeepSMOTE); digits have fewer
 LITERATURE = [4000, 2000, 1000, 750, 500, 350, 200, 100, 60, 40]
-COUNTS = dict.fromkeys(("mnist", "fashion-mnist"), LITERATURE)
-COUNTS |= dict.fromkeys(("svhn", "cifar10"), [4500, 2000, 1000, 800, 600, 500, 400, 250, 150, 80])
+COUNTS = {"mnist": LITERATURE, "fashion-mnist": LITERATURE}
 COUNTS |= {"digits": [140, 95, 65, 45, 30, 20, 14, 10, 7, 5]}
 # of the table: how a classifier is trained, E and L alike
 ROWS = {
@@ -114,18 +114,20 @@ def arguments():
     add("--shift", type=at_least(0, high=8), default=0, help="move training images by up to so far")
     add = parser.add_argument_group("method").add_argument
     rate = at_least(0, float)
-    add("--width", type=at_least(1, high=512), help="maps of E's first layer; None: 32, or 16")
+    add("--width", type=at_least(1, high=512), default=16, help="maps of E's first layer")
     add("--latent", type=at_least(1, high=10**4), default=64, help="size of a latent")
     add("--dropout", type=at_least(0, float, 0.9), default=0.4, help="in E and M")
     add("--t", type=at_least(2, high=100), default=2, help="latents that are mixed")
     add("--mixer", choices=("network", "uniform"), default="network", help="what alpha is drawn by")
     add("--reconstruction", type=rate, default=1.0, help="weight of the absolute error in E's loss")
-    add("--conditional-decoder", action="store_true", help="D sees the label, too")
-    add("--class-weight", type=rate, default=0.0, help="of L(E(D(z')))'s cross-entropy in D's loss")
-    add("--n-critic", type=at_least(1), default=5, help="critic updates to one of the others")
+    plain = "conditional: D sees the label, too; plain: as in the text"
+    add("--decoder", choices=("conditional", "plain"), default="conditional", help=plain)
+    own = "of L(E(D(z')))'s cross-entropy in D's loss; the text has none"
+    add("--class-weight", type=rate, default=1.0, help=own)
+    add("--n-critic", type=at_least(1), default=2, help="critic updates to one of the others")
     add("--gp-weight", type=rate, default=10.0, help="lambda, the weight of the penalty")
     add("--lr", type=rate, default=1e-3, help="learning rate of E, L and M")
-    add("--lr-d", type=rate, default=2e-4, help="learning rate of D and the critic")
+    add("--lr-d", type=rate, default=1e-3, help="learning rate of D and the critic")
     add = parser.add_argument_group("results").add_argument
     add("--seeds", type=at_least(1, high=100), default=1, help="draws that the table is made of")
     rows = "of the table, beside the run's own"
@@ -157,9 +159,8 @@ def suit(args, data):
                 "give it more images, or leave it out"
             )
     many = len(data.train) > 9999
-    args.width = args.width or (32 if many else 16)
     args.batch_size = args.batch_size or min(32, len(data.train))
-    updates = 1000 if many else 500
+    updates = 500 if many else 300
     args.epochs = args.epochs or math.ceil(updates / (len(data.train) // args.batch_size))
 
 
@@ -234,7 +235,7 @@ class Critic(nn.Module):
 
 
 class Mixer(nn.Module):
-    """M(z, noise, label): weights alpha (n, t), positive and of sum 1, of latents (n, t, latent)."""
+    """M(z, noise, label): positive weights alpha (n, t) of sum 1 for latents (n, t, latent)."""
 
     def __init__(self, latent=64, classes=10, t=2, hidden=512, dropout=0.4):
         super().__init__()
@@ -264,7 +265,7 @@ class Oversampler(nn.Module):
         self.register_buffer("count", torch.tensor(count))
         self.encoder = Encoder(shape, width, z, args.dropout)
         self.linear = nn.Linear(z, k)
-        self.decoder = Decoder(shape, width, z, k if args.conditional_decoder else 0)
+        self.decoder = Decoder(shape, width, z, k if args.decoder == "conditional" else 0)
         self.mixer = None
         if args.mixer == "network":
             self.mixer = Mixer(z, k, args.t, 16 * width, args.dropout)
@@ -290,14 +291,25 @@ class Oversampler(nn.Module):
             places.append(place)
         return torch.cat(places, dim=1) + (self.count.cumsum(0) - self.count)[label, None]
 
+    def tuples(self, label, t, rng=None, most=0):
+        """Training images (n, t, channels, height, width) of the labels, moved by up to most."""
+        images = self.images[self.draw(label, t, rng).flatten()]
+        images = moved(images, most) if most else images
+        return normalise(images).unflatten(0, (len(label), t))
+
+    def latents(self, x):
+        """z (n, t, latent) of tuples of images; in parts, so that memory stays flat."""
+        parts = [self.encoder(part) for part in x.flatten(0, 1).split(500)]
+        return torch.cat(parts).unflatten(0, x.shape[:2])
+
+    def mix(self, x, label, rng=None):
+        """z' (n, latent) of tuples of images of the labels."""
+        z = self.latents(x)
+        return convex(z, weights(self.mixer, z, label, rng))
+
     def forward(self, x):
         """Logits (n, classes) of images."""
         return self.linear(self.encoder(x))
-
-    def mix(self, x, label, rng=None):
-        """z' (n, latent) of tuples of images (n, t, channels, height, width)."""
-        z = self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return convex(z, weights(self.mixer, z, label, rng))
 
 
 # ------------------------------------------------------------------ losses and the training step
@@ -431,7 +443,7 @@ def moved(images, most):
 
 
 class Model(nn.Module):
-    """All networks, their optimisers and the images kept of each class, as train_step takes them."""
+    """All networks and their optimisers, as train_step takes them, with the images kept."""
 
     def __init__(self, args, data):
         super().__init__()
@@ -466,19 +478,15 @@ class Model(nn.Module):
     def batch(self, data, index):
         """What train_step takes in place of the samples of these numbers: as many tuples, drawn."""
         label, parts = self.balanced(len(index)), 1 + self.args.n_critic
-        x = [self.tuples(label.repeat(parts), t) for t in (self.args.t, 1)]
-        return torch.cat(x, dim=1).unflatten(0, (parts, len(label))), label
+        draw = functools.partial(self.generator.tuples, label.repeat(parts), most=self.args.shift)
+        return torch.cat([draw(self.args.t), draw(1)], dim=1).unflatten(
+            0, (parts, len(label))
+        ), label
 
     def balanced(self, n):
         """n labels, of all classes alike, beginning with any."""
         k, device = len(self.generator.classes), self.generator.count.device
         return (torch.arange(n, device=device) + torch.randint(k, (1,), device=device)) % k
-
-    def tuples(self, label, t):
-        """Training images (n, t, channels, height, width) of the labels, moved by --shift."""
-        images = self.generator.images[self.generator.draw(label, t).flatten()]
-        images = moved(images, self.args.shift) if self.args.shift else images
-        return normalise(images).unflatten(0, (len(label), t))
 
 
 # ------------------------------------------------------------------ sampling
@@ -489,16 +497,14 @@ def sample(model, n, label=None, seed=0):
     model is what load_generator or fit gives. label is a class, by name or number, or an int64
     tensor with a number for each image; left out, the classes take turns.
     """
-    return model.decoder(*mixtures(model, as_labels(model, n, label), own_rng(model, seed)))
+    label, rng = as_labels(model, n, label), own_rng(model, seed)
+    return torch.cat([model.decoder(*pair) for pair in mixtures(model, label, rng)])
 
 
 def mixtures(model, label, rng):
-    """z' (n, latent) of tuples of training images of each label, and the label."""
-    parts = []
-    for part in label.split(250):  # so that memory stays flat
-        images = normalise(model.images[model.draw(part, model.t, rng).flatten()])
-        parts.append(model.mix(images.unflatten(0, (len(part), -1)), part, rng))
-    return torch.cat(parts), label
+    """z' (m, latent) of tuples of training images, and their labels (m,), in parts."""
+    for part in label.split(500):
+        yield model.mix(model.tuples(part, model.t, rng), part, rng), part
 
 
 def as_labels(model, n, label):
@@ -527,10 +533,10 @@ def own_rng(network, seed):
 def load_generator(path, device="cpu"):
     """The averaged networks and training images of a checkpoint, for sample and predict."""
     state = load_checkpoint(path)
-    weights = {k[10:]: w for k, w in state["model"].items() if k.startswith("generator.")}
+    own = {k[10:]: w for k, w in state["model"].items() if k.startswith("generator.")}
     args = argparse.Namespace(**state["config"])
-    model = Oversampler(state["data"]["about"], weights["images"], args.counts, args)
-    model.load_state_dict(weights)
+    model = Oversampler(state["data"]["about"], own["images"], args.counts, args)
+    model.load_state_dict(own)
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -581,9 +587,7 @@ def filled(model, make, targets, seed=0):
 
 def generated(model, c, n, seed=0):
     """n uint8 images that D makes of class c."""
-    parts = torch.full((n,), c).split(500)
-    images = [sample(model, len(part), part, seed + i) for i, part in enumerate(parts)]
-    return torch.cat([(x * 255).round().byte() for x in images])
+    return (sample(model, n, torch.full((n,), c), seed) * 255).round().byte()
 
 
 def pixel_smote(model, c, n, seed=0):
@@ -607,11 +611,20 @@ def smote(rows, n, seed=0, neighbours=5):
 Form = namedtuple("Form", "shape last low high")  # of a row: its shape, channels last, its range
 
 
+def as_arrays(X, y, shape):
+    """X and y as arrays, and how the rows of X are images."""
+    X, y = np.asarray(X), np.asarray(y)
+    form = form_of(X, shape)
+    if y.shape != X.shape[:1]:
+        raise UsageError(f"X has {len(X)} rows, y the shape {y.shape}: a label for each is needed")
+    return X, y, form
+
+
 def form_of(X, shape=None):
     """How the rows of an array are images; UsageError where they are none."""
     if X.ndim not in (2, 3, 4) or X.dtype.kind not in "uif" or X.size == 0:
-        raise UsageError(f"X of {X.dtype} and shape {X.shape}: it has to be (n, values), (n, height,"
-                         " width) or (n, channels, height, width), of numbers")  # fmt: skip
+        kinds = "(n, values), (n, height, width) or (n, channels, height, width), of numbers"
+        raise UsageError(f"X of {X.dtype} and shape {X.shape}: it has to be {kinds}")
     row = tuple(shape or X.shape[1:])
     if len(row) == 1:  # square images, grey or in colour
         for channels in (1, 3):
@@ -632,9 +645,8 @@ def to_images(X, form):
     pixels = (X.astype(np.float64) - form.low) / (form.high - form.low) * 255
     pixels = pixels.round().clip(0, 255).astype(np.uint8).reshape(len(X), *form.shape)
     pixels = pixels[:, None] if len(form.shape) == 2 else pixels
-    return torch.from_numpy(
-        np.ascontiguousarray(np.moveaxis(pixels, -1, 1) if form.last else pixels)
-    )
+    pixels = np.moveaxis(pixels, -1, 1) if form.last else pixels
+    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def from_images(images, form, like):
@@ -654,12 +666,8 @@ def fit(X, y, random_state=0, shape=None, **settings):
     rows of values need unless they are square. y: n labels of any kind that can be sorted. settings
     are flags by name, as max_steps=1000. Raises UsageError, a ValueError.
     """
-    X, y = np.asarray(X), np.asarray(y)
-    if y.ndim != 1 or len(X) != len(y):
-        raise UsageError(
-            f"X has {len(X)} rows and y the shape {y.shape}: a label for each is needed"
-        )
-    form, (classes, labels) = form_of(X, shape), np.unique(y, return_inverse=True)
+    X, y, form = as_arrays(X, y, shape)
+    classes, labels = np.unique(y, return_inverse=True)
     args = arguments().parse_args([])
     if unknown := settings.keys() - vars(args).keys():
         raise UsageError(f"{', '.join(sorted(unknown))}: the settings are {', '.join(vars(args))}")
@@ -672,9 +680,7 @@ def fit(X, y, random_state=0, shape=None, **settings):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         model = Model(args, data)
-        train_alone(
-            model, updates, lambda: train_step(model, *model.batch(data, range(args.batch_size)))
-        )
+        train_whole(model, updates)
     model.generator.form = form
     return model.generator.eval()
 
@@ -687,7 +693,7 @@ def fit_resample(X, y, sampling_strategy="auto", random_state=0, shape=None, **s
     ratio of smaller to larger; or a function of y that returns a dictionary. The rest is as of fit.
     Shape, dtype and range are those of X. Raises UsageError, a ValueError.
     """
-    X, y = np.asarray(X), np.asarray(y)
+    X, y, form = as_arrays(X, y, shape)
     more = to_add(y, sampling_strategy)
     if not any(more.values()):
         return X.copy(), y.copy()
@@ -696,7 +702,7 @@ def fit_resample(X, y, sampling_strategy="auto", random_state=0, shape=None, **s
     rows, labels = [X], [y]
     for c, (label, n) in enumerate(more.items()):
         images = generated(model, c, n, seed) if n else model.images[:0]
-        rows.append(from_images(images / 255, model.form, X))
+        rows.append(from_images(images / 255, form, X))
         labels.append(np.full(n, label, dtype=y.dtype))
     return np.concatenate(rows), np.concatenate(labels)
 
@@ -719,10 +725,8 @@ def to_add(y, strategy):
         raise UsageError(f"sampling_strategy {strategy!r}: it can be {', '.join(chosen)}, "
                          "a dictionary or, of two classes, a ratio")  # fmt: skip
     for label, n in wanted.items():
-        if label not in has or n < has[label]:
-            raise UsageError(
-                f"sampling_strategy: {n} of {label!r}, of which y has {has.get(label, 0)}"
-            )
+        if n < (there := has.get(label, math.inf)):
+            raise UsageError(f"sampling_strategy: {n} of {label!r}, of which there are {there}")
     return {label: wanted[label] - n for label, n in has.items()}
 
 
@@ -788,6 +792,12 @@ def train_alone(model, updates, update):
         update()
 
 
+def train_whole(model, updates):
+    """The updates that a run takes, but for its graph and its processes."""
+    index = range(model.args.batch_size)
+    train_alone(model, updates, lambda: train_step(model, *model.batch(None, index)))
+
+
 def train_row(name, full, data, updates):
     """The averaged E and L of a row of the table, on the images that the full method was given."""
     G, args = full.generator, full.args
@@ -813,14 +823,15 @@ def train_row(name, full, data, updates):
         label = row.balanced(tuples)
         if name in ("nothing", "weights"):
             label = labels[torch.randint(len(labels), (tuples,), device=labels.device)]
-        latent_step(row, row.tuples(label, t), label, weight=weight)
+        x = row.generator.tuples(label, t, most=row.args.shift)
+        latent_step(row, x, label, weight=weight)
 
     train_alone(row, updates, update)
     return row.generator
 
 
 def table(model, data, updates):
-    """Every row for every seed, as dictionaries: row, seed, the measures, a recall for each class."""
+    """Every row for every seed: dictionaries of row, seed, the measures and each class's recall."""
     results, args = [], model.args
     for seed in range(args.seed, args.seed + args.seeds):
         full, own, rows = model, argparse.Namespace(**vars(args) | {"seed": seed}), set(args.rows)
@@ -828,8 +839,7 @@ def table(model, data, updates):
             torch.manual_seed(seed)
             full = Model(own, data)
             if rows & {"full", "filled", "part-filled"}:
-                batch = range(args.batch_size)
-                train_alone(full, updates, lambda m=full: train_step(m, *m.batch(data, batch)))
+                train_whole(full, updates)
         for name in ROWS:
             if name not in (rows | {"full"} if seed == args.seed else rows):
                 continue
@@ -869,8 +879,8 @@ def kinds_of_images(G, label, seed=1):
     """{kind: images (n, channels, height, width) in [0, 1]} of these labels: mixtures by M, by
     uniform alpha and by equal weights, reconstructions, SMOTE on pixels, and copies."""
     rng, kinds = own_rng(G, seed), {}
-    x = normalise(G.images[G.draw(label, G.t, rng).flatten()])
-    z = torch.cat([G.encoder(part) for part in x.split(500)]).unflatten(0, (len(label), G.t))
+    x = G.tuples(label, G.t, rng)
+    z = G.latents(x)
     alphas = {"generated": weights(G.mixer, z, label, rng), "uniform": weights(None, z, label, rng)}
     alphas["equal"] = torch.full_like(alphas["uniform"], 1 / G.t)
     latents = {name: convex(z, alpha) for name, alpha in alphas.items()}
@@ -882,7 +892,7 @@ def kinds_of_images(G, label, seed=1):
     for c in label.unique().tolist():
         own = label == c
         kinds["smote"][own] = pixel_smote(G, c, int(own.sum()), seed).float() / 255
-    kinds["copies"] = x.unflatten(0, (len(label), G.t))[:, 0]
+    kinds["copies"] = x[:, 0]
     return kinds
 
 
@@ -933,8 +943,7 @@ def latent_figures(G, data):
         ends.append((G.linear(pairs).argmax(dim=2) == c).all(dim=1))
         between.append(G.linear(mixed).argmax(dim=1) == c)
     label = torch.arange(1000, device=z.device) % len(G.classes)
-    x = normalise(G.images[G.draw(label, G.t, rng).flatten()])
-    z = torch.cat([G.encoder(part) for part in x.split(500)]).unflatten(0, (1000, G.t))
+    z = G.latents(G.tuples(label, G.t, rng))
     alpha = weights(G.mixer, z, label, rng)
     sure = G.linear(z).log_softmax(dim=2).gather(2, label[:, None, None].expand(-1, G.t, 1))
     figures = {
@@ -952,7 +961,7 @@ def latent_figures(G, data):
 
 # ------------------------------------------------------------------ figures
 def finish(model, data, folder, rows):
-    """The table and the pictures of a finished run, and what summary.json has beside the last row."""
+    """The table and pictures of a finished run, and what its summary has beside the last row."""
     G, args = model.generator, model.args
     if args.balance:
         balance(G, Path(args.balance), args.target, args.seed)
@@ -976,9 +985,9 @@ def save_classes(G, path, each=6):
     """A row for each of the ten rarest classes: training images, SMOTE's on pixels, and D's."""
     rarest = G.count.argsort()[:10].flip(0)
     kinds = kinds_of_images(G, rarest.repeat_interleave(each))
-    first = G.draw(rarest.repeat_interleave(each), 1, own_rng(G, 3))[:, 0]
+    real = G.tuples(rarest.repeat_interleave(each), 1, own_rng(G, 3))[:, 0]
     gap = torch.ones_like(kinds["smote"]).unflatten(0, (-1, each))[:, :1]
-    blocks = (normalise(G.images[first]), kinds["smote"], kinds["generated"])
+    blocks = (real, kinds["smote"], kinds["generated"])
     blocks = [block.unflatten(0, (-1, each)) for block in blocks]
     grid = torch.cat([blocks[0], gap, blocks[1], gap, blocks[2]], dim=1)
     save_image(grid.flatten(0, 1), path, nrow=grid.shape[1])
@@ -1003,10 +1012,12 @@ def save_latents(G, path, most=4000):
     z = torch.cat([G.encoder(normalise(part)) for part in G.images.split(500)])
     missing = (target - G.count).clamp_min(0)
     more = torch.arange(len(G.classes), device=label.device).repeat_interleave(missing)
-    added = mixtures(G, more, own_rng(G, 4)) if len(more) else (z[:0], more)
+    added = torch.cat(
+        [z[:0], *(mixed for mixed, _ in mixtures(G, more, own_rng(G, 4)) if len(more))]
+    )
     _, _, axes = torch.pca_lowrank(z, 2) if len(z[0]) > 1 else (0, 0, z.new_ones(1, 2))
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    sets = (z, label), (torch.cat([z, added[0]]), torch.cat([label, added[1]]))
+    sets = (z, label), (torch.cat([z, added]), torch.cat([label, more]))
     for axis, title, (points, own) in zip(figure.subplots(1, 2), ("before", "after"), sets):
         x, y = ((points - z.mean(dim=0)) @ axes).T.cpu().numpy()
         axis.scatter(x, y, 4, own.cpu().numpy(), cmap="tab10", alpha=0.6)
