@@ -34,10 +34,10 @@ mean, which falls with the worst. Then: how many generated images a classifier o
 finds in their class, their density and coverage (Naeem et al. 2020) beside held-out images, alpha.
 
 Where the published code (arnabkmondal/OversamplingRAE: without a licence, so nothing of it is here)
-departs from the text, the text is followed but for what made the difference here: D sees the label
-(--decoder), and its loss has the cross-entropy of L(E(D(z'))) in it (--class-weight). From the code
-are also the mixer's inputs (latents, noise, label), the kinds of layers, and the average's 0.99.
-Departures of ours:
+departs from the text, the text is followed, but for the cross-entropy of L(E(D(z'))) in D's loss
+(--class-weight): without it D confuses the classes. --decoder conditional shows D the label, as in
+the code. From the code are also the mixer's inputs (latents, noise, label), the kinds of layers,
+and the average's 0.99. Departures of ours:
 
 - C and D learn from latents of the averaged E, which is what sampling uses; in the code each update
   of the critic moves E's batch norm, too.
@@ -120,8 +120,7 @@ def arguments():
     add("--t", type=at_least(2, high=100), default=2, help="latents that are mixed")
     add("--mixer", choices=("network", "uniform"), default="network", help="what alpha is drawn by")
     add("--reconstruction", type=rate, default=1.0, help="weight of the absolute error in E's loss")
-    plain = "conditional: D sees the label, too; plain: as in the text"
-    add("--decoder", choices=("conditional", "plain"), default="conditional", help=plain)
+    add("--decoder", choices=("plain", "conditional"), default="plain", help="of latent and label")
     own = "of L(E(D(z')))'s cross-entropy in D's loss; the text has none"
     add("--class-weight", type=rate, default=1.0, help=own)
     add("--n-critic", type=at_least(1), default=2, help="critic updates to one of the others")
@@ -158,10 +157,10 @@ def suit(args, data):
                 f"class {name} has {count} image(s) to train on, and --t {args.t} are mixed: "
                 "give it more images, or leave it out"
             )
-    many = len(data.train) > 9999
     args.batch_size = args.batch_size or min(32, len(data.train))
-    updates = 500 if many else 300
-    args.epochs = args.epochs or math.ceil(updates / (len(data.train) // args.batch_size))
+    if args.epochs is None:  # an epoch has the updates that all images of the set would be
+        args.max_steps = args.max_steps or (600 if len(data.train) > 9999 else 300)
+        args.epochs = math.ceil(args.max_steps / (len(data.train) // args.batch_size))
 
 
 # ------------------------------------------------------------------ networks
@@ -263,12 +262,14 @@ class Oversampler(nn.Module):
         self.classes, self.t, self.form = classes, args.t, None
         self.register_buffer("images", images)
         self.register_buffer("count", torch.tensor(count))
+        self.register_buffer("updates", torch.zeros(()))
         self.encoder = Encoder(shape, width, z, args.dropout)
         self.linear = nn.Linear(z, k)
         self.decoder = Decoder(shape, width, z, k if args.decoder == "conditional" else 0)
         self.mixer = None
         if args.mixer == "network":
             self.mixer = Mixer(z, k, args.t, 16 * width, args.dropout)
+        self.eval()
 
     def train(self, mode=True):
         """Averages are not trained: batch norm has its statistics, dropout is off."""
@@ -416,14 +417,17 @@ def train_step(model, x, label):
 
 @torch.no_grad()
 def follow(average, model, keep=0.99):
-    """Moves the averaged networks, statistics of batch norm with them, towards the trained ones."""
+    """Moves the averaged networks, statistics of batch norm with them, towards the trained ones;
+    in the first updates by more, so that the initial weights are soon forgotten."""
+    average.updates += 1
+    share = ((average.updates + 1) / (average.updates + 10)).clamp_max(keep)
     for name in ("encoder", "linear", "decoder", "mixer"):
         if getattr(model, name) is None:
             continue
         now = getattr(model, name).state_dict()
         for key, value in getattr(average, name).state_dict().items():
             if value.is_floating_point():
-                value.lerp_(now[key], 1 - keep)
+                value.lerp_(now[key], 1 - share)
 
 
 def normalise(images):
@@ -456,6 +460,7 @@ class Model(nn.Module):
         self.generator = G = Oversampler(data.classes, images, args.counts, args)
         networks = [copy.deepcopy(x) for x in (G.encoder, G.linear, G.decoder, G.mixer)]
         self.encoder, self.linear, self.decoder, self.mixer = networks
+        self.train()
         G.requires_grad_(False)
         self.critic = Critic(images.shape[1:], args.width, k)
         self.to(data.train.device, memory_format=torch.channels_last)
