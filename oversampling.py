@@ -160,7 +160,7 @@ def suit(args, data):
     args.batch_size = args.batch_size or min(32, len(data.train))
     if args.epochs is None:  # an epoch has the updates that all images of the set would be
         args.max_steps = args.max_steps or (600 if len(data.train) > 9999 else 300)
-        args.epochs = math.ceil(args.max_steps / (len(data.train) // args.batch_size))
+        args.epochs = math.ceil(args.max_steps / max(1, len(data.train) // args.batch_size))
 
 
 # ------------------------------------------------------------------ networks
