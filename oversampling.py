@@ -115,7 +115,7 @@ def arguments():
     add = parser.add_argument_group("method").add_argument
     rate = at_least(0, float)
     add("--width", type=at_least(1, high=512), default=16, help="maps of E's first layer")
-    add("--latent", type=at_least(1, high=10**4), default=64, help="size of a latent")
+    add("--latent", type=at_least(2, high=10**4), default=64, help="size of a latent")
     add("--dropout", type=at_least(0, float, 0.9), default=0.4, help="in E and M")
     add("--t", type=at_least(2, high=100), default=2, help="latents that are mixed")
     add("--mixer", choices=("network", "uniform"), default="network", help="what alpha is drawn by")
@@ -764,9 +764,8 @@ def measures(truth, found, count):
     k = len(count)
     confusion = torch.bincount(truth * k + found, minlength=k * k).view(k, k).double().cpu()
     has, said, right = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag()
-    recall, f1 = (right / has.clamp_min(1)), 2 * right / (has + said).clamp_min(1)
-    other = has.sum() - has
-    specificity = 1 - (said - right) / other.clamp_min(1)
+    recall, f1 = right / has.clamp_min(1), 2 * right / (has + said).clamp_min(1)
+    specificity = 1 - (said - right) / (has.sum() - has).clamp_min(1)
     tested = has > 0
     rare = torch.tensor([c for c in torch.tensor(count).argsort().tolist() if tested[c]][:3])
     figures = {
@@ -807,13 +806,10 @@ def train_row(name, full, data, updates):
     """The averaged E and L of a row of the table, on the images that the full method was given."""
     G, args = full.generator, full.args
     images, labels, most = G.images, G.labels(), G.count.max().item()
-    if name == "smote":
-        images, labels = filled(G, pixel_smote, [most] * len(G.classes), args.seed)
-    if name in ("filled", "part-filled"):
-        times = 5 if name == "part-filled" else most
-        images, labels = filled(
-            G, generated, [min(most, times * n) for n in args.counts], args.seed
-        )
+    if name in ("smote", "filled", "part-filled"):
+        targets = [min(most, (5 if name == "part-filled" else most) * n) for n in args.counts]
+        make = pixel_smote if name == "smote" else generated
+        images, labels = filled(G, make, targets, args.seed)
     own = {"counts": torch.bincount(labels).tolist()}
     own |= {"mixer": "uniform"} if name == "uniform" else {}
     own |= {"shift": max(2, args.shift)} if name == "shifted" else {}
@@ -951,15 +947,14 @@ def latent_figures(G, data):
     z = G.latents(G.tuples(label, G.t, rng))
     alpha = weights(G.mixer, z, label, rng)
     sure = G.linear(z).log_softmax(dim=2).gather(2, label[:, None, None].expand(-1, G.t, 1))
+    uncertain = sure[..., 0].argmin(dim=1)
     figures = {
         "pairs_both_right": torch.cat(ends).double().mean(),
         "pairs_right_between": torch.cat(between).double().mean(),
         "training_latents_right": (G.linear(z).argmax(dim=2) == label[:, None]).double().mean(),
         "alpha_above_0.9": (alpha.amax(dim=1) > 0.9).double().mean(),
         "alpha_above_0.99": (alpha.amax(dim=1) > 0.99).double().mean(),
-        "alpha_on_less_certain": (alpha.argmax(dim=1) == sure[..., 0].argmin(dim=1))
-        .double()
-        .mean(),
+        "alpha_on_less_certain": (alpha.argmax(dim=1) == uncertain).double().mean(),
     }
     return {name: value.item() for name, value in figures.items()}
 
@@ -1017,10 +1012,8 @@ def save_latents(G, path, most=4000):
     z = torch.cat([G.encoder(normalise(part)) for part in G.images.split(500)])
     missing = (target - G.count).clamp_min(0)
     more = torch.arange(len(G.classes), device=label.device).repeat_interleave(missing)
-    added = torch.cat(
-        [z[:0], *(mixed for mixed, _ in mixtures(G, more, own_rng(G, 4)) if len(more))]
-    )
-    _, _, axes = torch.pca_lowrank(z, 2) if len(z[0]) > 1 else (0, 0, z.new_ones(1, 2))
+    added = torch.cat([mixed for mixed, _ in mixtures(G, more, own_rng(G, 4))])
+    axes = torch.linalg.svd(z - z.mean(dim=0), full_matrices=False).Vh[:2].T
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     sets = (z, label), (torch.cat([z, added]), torch.cat([label, more]))
     for axis, title, (points, own) in zip(figure.subplots(1, 2), ("before", "after"), sets):
@@ -1036,13 +1029,11 @@ def save_curves(path, rows):
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    measured = [row for row in rows if "acsa" in row]
-    for name in ("acsa", "gm", "rarest"):
-        left.plot(
-            [row["step"] for row in measured], [row[name] for row in measured], ".-", label=name
-        )
-    for name in ("distance", "loss_points", "loss_mixed", "absolute_error"):
-        right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    curves = {name: left for name in ("acsa", "gm", "rarest")}
+    curves |= {name: right for name in ("distance", "loss_points", "loss_mixed", "absolute_error")}
+    for name, axis in curves.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points), marker=".", label=name)
     for axis in (left, right):
         axis.set_xlabel("update")
         axis.legend()
