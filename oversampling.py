@@ -849,6 +849,8 @@ def table(model, data, updates):
             figures, recall = measures(data.test_labels, found, args.counts)
             recall = {f"recall {c}": value for c, value in zip(data.classes, recall)}
             results.append({"row": name, "seed": seed, **figures, **recall})
+            if sys.stdout:
+                print(f"{name}, seed {seed}: ACSA {100 * figures['acsa']:.1f} %", flush=True)
     return results
 
 
