@@ -277,20 +277,19 @@ class Oversampler(nn.Module):
 
     def labels(self):
         """Those of the images."""
-        return torch.arange(len(self.classes), device=self.count.device).repeat_interleave(
-            self.count, output_size=len(self.images)
-        )
+        numbers = torch.arange(len(self.count), device=self.count.device)
+        return numbers.repeat_interleave(self.count, output_size=len(self.images))
 
     def draw(self, label, t, rng=None):
         """The numbers (n, t) of t different images of each label, all as likely."""
-        many, device = self.count[label, None], label.device
-        places = []
+        places = label.new_zeros(len(label), 0)
         for j in range(t):  # one of those that are left, counted over those that are taken
-            place = (torch.rand(len(label), 1, device=device, generator=rng) * (many - j)).long()
-            for taken in torch.cat(places, dim=1).sort(dim=1).values.split(1, 1) if places else ():
+            chance = torch.rand(len(label), device=label.device, generator=rng)
+            place = (chance * (self.count[label] - j)).long()
+            for taken in places.sort(dim=1).values.unbind(1):
                 place += place >= taken
-            places.append(place)
-        return torch.cat(places, dim=1) + (self.count.cumsum(0) - self.count)[label, None]
+            places = torch.cat([places, place[:, None]], dim=1)
+        return places + (self.count.cumsum(0) - self.count)[label, None]
 
     def tuples(self, label, t, rng=None, most=0):
         """Training images (n, t, channels, height, width) of the labels, moved by up to most."""
@@ -484,9 +483,8 @@ class Model(nn.Module):
         """What train_step takes in place of the samples of these numbers: as many tuples, drawn."""
         label, parts = self.balanced(len(index)), 1 + self.args.n_critic
         draw = functools.partial(self.generator.tuples, label.repeat(parts), most=self.args.shift)
-        return torch.cat([draw(self.args.t), draw(1)], dim=1).unflatten(
-            0, (parts, len(label))
-        ), label
+        x = torch.cat([draw(self.args.t), draw(1)], dim=1)
+        return x.unflatten(0, (parts, len(label))), label
 
     def balanced(self, n):
         """n labels, of all classes alike, beginning with any."""
@@ -971,7 +969,7 @@ def finish(model, data, folder, rows):
     save_classes(G, folder / "classes.png")
     save_nearest(G, folder / "nearest.png")
     save_latents(G, folder / "latents.png")
-    judge, accuracy = train_classifier(data)
+    judge, accuracy = train_classifier(data, epochs=1)
     figures = image_figures(G, data, judge) | latent_figures(G, data)
     results = table(model, data, rows[-1]["step"])
     lines = [results[0], *(result.values() for result in results), []]
