@@ -153,10 +153,8 @@ def suit(args, data):
         raise UsageError(f"--counts {args.counts}: the classes have {there} images to train on")
     for name, count in zip(data.classes, args.counts):
         if count < args.t:
-            raise UsageError(
-                f"class {name} has {count} image(s) to train on, and --t {args.t} are mixed: "
-                "give it more images, or leave it out"
-            )
+            has = f"class {name} has {count} image{'s' * (count > 1)} to train on"
+            raise UsageError(f"{has}, fewer than --t {args.t}: add more images, or leave it out")
     args.batch_size = args.batch_size or min(32, len(data.train))
     if args.epochs is None:  # an epoch has the updates that all images of the set would be
         args.max_steps = args.max_steps or (600 if len(data.train) > 9999 else 300)
@@ -740,7 +738,8 @@ def predict(model, X):
     Of a model from a checkpoint floats are taken to be in [0, 1].
     """
     X = np.asarray(X)
-    form = model.form or form_of(X)._replace(low=0, high=255 if X.dtype == np.uint8 else 1)
+    shape = model.images.shape[1:] if X.ndim == 2 else None
+    form = model.form or form_of(X, shape)._replace(low=0, high=255 if X.dtype == np.uint8 else 1)
     images = to_images(X, form).to(model.count.device)
     return np.array(model.classes)[found_classes(model, images).cpu()]
 
