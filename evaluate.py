@@ -42,7 +42,7 @@ from tqdm import tqdm
 from infogan import UsageError, choose_device, load_data, write_file
 
 SCRIPT = "evaluate"
-SCRIPTS = ("infogan", "gan", "cgan", "dcgan", "wgan_gp")
+SCRIPTS = ("infogan", "gan", "cgan", "dcgan", "wgan_gp", "oversampling")
 
 
 def arguments():

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # the batch, which the numbers must divide
 SCRIPTS = {"infogan": 128, "gan": 100, "cgan": 128, "dcgan": 128, "wgan_gp": 48}
+SCRIPTS |= {"oversampling": 32}
 WARM, UPDATES, ROUNDS = 5, 10, 2
 
 

@@ -35,7 +35,10 @@ ROWS = [
     ("wgan_gp", "fused"),
     ("wgan_gp", "reference"),
     ("wgan_gp", "floor"),
+    ("oversampling", "fused"),
+    ("oversampling", "reference"),
 ]
+PENALISED = ("wgan_gp", "oversampling")
 GPU_MODES = ("single operations", "graph", "graph, compiled")
 
 
@@ -155,7 +158,7 @@ def main():
         rate, reference = operations[row] / time, times.get((version, name, "reference", mode))
         cells = [f"{name}.py", kernels, f"{time * 1e3:.3g}", f"{taken[row] / time:.0f}"]
         cells += [f"{operations[row] / 1e9:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.2f}"]
-        cells.append(f"{reference / time:.2f}" if reference and name == "wgan_gp" else "")
+        cells.append(f"{reference / time:.2f}" if reference and name in PENALISED else "")
         if on_gpu:
             launched, busy = kernels_of(updates[row], time)
             cells += [mode, str(launched), f"{busy:.2f}"]

@@ -134,6 +134,7 @@ SMALL_NETWORKS = {  # by flags, beside what shrink does
     "cgan": ["--network", "mlp"],
     "wgan_gp": ["--dim", "4", "--n-critic", "1"],
     "dcgan": ["--width", "4"],
+    "oversampling": ["--width", "2", "--latent", "4", "--n-critic", "1", "--rows", "copies"],
     "ctgan": ["--dim", "8", "--noise", "4", "--pac", "2"],
     "pix2pix": ["--dataset", "folder", "--data-dir", "data", "--width", "2"],
 }
@@ -167,6 +168,7 @@ def shrink(script, patch=setattr):
         "cgan": {"MLPGenerator": small_mlp_generator, "MLPDiscriminator": small_maxout},
         "wgan_gp": {},
         "dcgan": {},
+        "oversampling": {},
         "ctgan": {},
         "pix2pix": {},
     }
@@ -182,6 +184,9 @@ def shrink(script, patch=setattr):
     if script.SCRIPT == "cgan":
         patch(script, "SAMPLES", 200)
         patch(script.train_classifier, "__defaults__", (1, 2, 32))  # epochs, updates, batch
+    if script.SCRIPT == "oversampling":
+        patch(script.train_classifier, "__defaults__", (1, 2, 32))  # epochs, updates, batch
+        patch(script.image_figures, "__defaults__", (2,))  # images a class
     if script.SCRIPT == "dcgan":
         patch(script, "labelled", lambda data: False)  # no SVM, which test_dcgan.py tries
 

@@ -85,6 +85,7 @@ def test_sizes():
     assert max(lines["infogan.py"], lines["gan.py"]) <= 800
     assert max(lines["cgan.py"], lines["wgan_gp.py"]) <= 880
     assert lines["dcgan.py"] <= 960 and lines["ctgan.py"] <= 1930 and lines["pix2pix.py"] <= 1080
+    assert lines["oversampling.py"] <= 1420
     assert lines["README.md"] <= 140
 
 
@@ -288,6 +289,28 @@ def test_dcgan_copied_into_a_notebook(classes):
     model.optimizer_g, model.optimizer_d = adam(G), adam(D)
     batches = [images(), torch.arange(8)], [-images(), torch.arange(8) // 4]
     assert trains(lambda *batch: lib.train_step(model, *batch), [G, D], *batches)
+
+
+@pytest.mark.parametrize("mixer", ["network", "uniform"])
+def test_oversampling_copied_into_a_notebook(mixer):
+    wanted = ("train_step", "Oversampler", "Encoder", "Mixer", "Decoder", "Critic")
+    lib = copied("oversampling", *wanted, "gradient_penalty_reference")
+    args = Namespace(width=4, latent=8, dropout=0.4, t=2, mixer=mixer, n_critic=2, gp_weight=10)
+    vars(args).update(decoder="plain", class_weight=1.0, reconstruction=1.0)
+    shape, k = (1, 28, 28), 4
+    pool = (torch.rand(12, *shape) * 255).byte()
+    G = lib.Oversampler(range(k), pool, [3] * k, args).requires_grad_(False)
+    M = lib.Mixer(8, k, 2, 64) if mixer == "network" else None
+    networks = lib.Encoder(shape, 4, 8), torch.nn.Linear(8, k), lib.Decoder(shape, 4, 8), M
+    model = SimpleNamespace(generator=G, critic=lib.Critic(shape, 4, k), args=args)
+    model.encoder, model.linear, model.decoder, model.mixer = networks
+    model.gradient_penalty = lib.gradient_penalty_reference
+    model.optimizer_e = adam(torch.nn.Sequential(*networks[:2]))
+    model.optimizer_d, model.optimizer_c = adam(networks[2]), adam(model.critic)
+    model.optimizer_m = adam(M) if M else None
+    trained = [x for x in (*networks, model.critic) if x is not None]
+    batches = [[torch.rand(3, 8, 3, *shape), torch.arange(8) % k] for _ in range(2)]
+    assert trains(lambda *batch: lib.train_step(model, *batch), trained, *batches)
 
 
 def rows_of_spans(sizes, alphas, n=8):
