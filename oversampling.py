@@ -144,6 +144,8 @@ def suit(args, data):
         raise UsageError("--label goes with --generate CHECKPOINT")
     if args.balance and not args.resume and Path(args.balance).exists():
         raise UsageError(f"--balance {args.balance} is there already; choose another")
+    if args.dataset == "folder" and Path(args.data_dir) in Path(args.balance or "/").parents:
+        raise UsageError(f"--balance {args.balance} is among the pictures of --data-dir")
     if len(data.classes) < 2:
         raise UsageError("there is one class; put the images of each in a sub-folder of its name")
     there = torch.bincount(data.train_labels, minlength=len(data.classes)).tolist()

@@ -620,7 +620,9 @@ def test_own_pictures_come_back_balanced(small, capsys):
     oversampling.main([*made, "more/of them", "--target", "7"])
     assert [len([*Path("more/of them", c).iterdir()]) for c in ("cat", "dog")] == [7, 7]
     assert "is there already" in refused_by(oversampling, capsys, *made, "balanced")
-    assert "is there already" in refused_by(oversampling, capsys, *flags, "--balance", "balanced")
+    flags += ["--balance"]
+    assert "is there already" in refused_by(oversampling, capsys, *flags, "balanced")
+    assert "is among the pictures" in refused_by(oversampling, capsys, *flags, "pictures/more")
 
 
 def test_mistakes(capsys):
