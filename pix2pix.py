@@ -11,7 +11,8 @@ pictures to translate one kind into the other: labels into photographs, grey int
     python pix2pix.py --dataset facades --direction BtoA
     python pix2pix.py --translate runs/.../checkpoint.pt --input pictures --out translated
 
-CLAIM
+On facades, 2,000 updates at a quarter of the width (an EPYC core, n = 100 pairs, 1 seed), the
+outputs' a and b overlap the truths' by 0.76, 0.74, without D by 0.75, 0.40. More: docs/pix2pix.md.
 
 With x the input, y its truth, z the noise and G(x, z) what the generator makes of x:
 
@@ -27,7 +28,7 @@ ablations are flags: --loss takes away D, the L1 term, or x from D; --network th
 What the script measures of the paper's claims, on held-out pairs:
 
 - `l1`, of values in [0, 1], and `diversity`, the mean distance between two outputs over that
-  between two truths (section 4.1: GAN without the input collapses to one output);
+  between two truths (section 4.1: GAN whose D does not see x collapses to one output);
 - `histogram_l`, `_a`, `_b`: how far the colours of outputs and truths overlap (figure 7), in Lab,
   in bins of 2 units; `sharpness`, the outputs' gradient energy over the truths' (L1 blurs);
 - where the truth is a map of labels: accuracy per pixel, per class, and intersection over union, by
