@@ -143,7 +143,7 @@ def suit(args, data):
     for name, value in suiting.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.batch_size > n:
+    if not 2 * WORLD <= args.batch_size <= n:
         raise UsageError(f"--batch-size {args.batch_size}: {n} rows, packs of {packs} (--pac)")
     if args.batch_size % packs:
         fitting = max(1, args.batch_size // packs) * packs

@@ -538,6 +538,8 @@ def load_generator(path, device="cpu"):
     """The averaged networks and training images of a checkpoint, for sample and predict."""
     state = load_checkpoint(path)
     own = {k[10:]: w for k, w in state["model"].items() if k.startswith("generator.")}
+    if "images" not in own:
+        raise UsageError(f"{path} is no whole checkpoint of {SCRIPT}: its images are missing")
     args = argparse.Namespace(**state["config"])
     model = Oversampler(state["data"]["about"], own["images"], args.counts, args)
     model.load_state_dict(own)
