@@ -154,9 +154,8 @@ class Generator(nn.Module):
 
         Masks (n, maps, height, width) of 0 and 2, or of a seed (1, ...), the same for each input.
         """
-        n, rng = (len(x), None) if seed is None else (1, torch.Generator(x.device))
-        if seed is not None:
-            rng.manual_seed(seed)
+        rng = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        n = len(x) if seed is None else 1
         sides = [side >> self.depth for side in self.continued(x)]
         shapes = [(n, w, *(s << i for s in sides)) for i, w in enumerate(self.widths[:3], start=1)]
         return [2.0 * (torch.rand(s, device=x.device, generator=rng) < 0.5) for s in shapes]
@@ -281,9 +280,13 @@ class Model(nn.Module):
 
 
 def generator_of(args, about):
-    depth = int(math.log2(args.image_size))
     kinds = args.network == "unet", about["colour"]
-    return Generator(about["input"], about["output"], args.width, depth, *kinds)
+    return Generator(about["input"], about["output"], args.width, depth_of(args), *kinds)
+
+
+def depth_of(args):
+    """How often a training crop is halved, to a side of 1."""
+    return int(math.log2(args.image_size))
 
 
 def random_crop(pair, args):
@@ -354,15 +357,21 @@ def translate(generator, images, seed=0, noise=True, batch=8):
     Raises ValueError where the channels are not the input's; with `colour` 1 and 3 are taken.
     """
     results = []
-    for shape, equal in itertools.groupby(images, lambda image: image.shape):
-        allowed = (1, 3) if generator.colour else (generator.encoder[0][0].in_channels,)
+    allowed = (1, 3) if generator.colour else (generator.encoder[0][0].in_channels,)
+    for x in batches(images, batch):
+        shape = x.shape[1:]
         if len(shape) != 3 or shape[0] not in allowed:
             raise ValueError(f"an image of shape {[*shape]}: channels {allowed} are wanted, first")
-        for x in torch.stack([*equal]).split(batch):
-            x = lightness_and_colour(x)[0] if generator.colour else x * 2 - 1
-            y = generator(x, generator.draw(x, seed) if noise else ())
-            results += picture(x, y, generator.colour)
+        x = lightness_and_colour(x)[0] if generator.colour else x * 2 - 1
+        y = generator(x, generator.draw(x, seed) if noise else ())
+        results += picture(x, y, generator.colour)
     return results
+
+
+def batches(pictures, n=8):
+    """Up to n neighbours of one shape at a time, stacked."""
+    for _, equal in itertools.groupby(pictures, lambda picture: picture.shape):
+        yield from torch.stack([*equal]).split(n)
 
 
 def load_generator(path, device="cpu"):
@@ -376,7 +385,8 @@ def load_generator(path, device="cpu"):
 
 def generate(args):
     """--translate: a picture, or each below a folder, under its own name below --out."""
-    generator = load_generator(args.generate, choose_device(args.device))
+    device = choose_device(args.device)
+    generator = load_generator(args.generate, device)
     if not args.input:
         raise UsageError("--translate CHECKPOINT takes --input, a picture or a folder of pictures")
     source = Path(os.path.expanduser(args.input))
@@ -390,7 +400,6 @@ def generate(args):
     same = any(target.exists() and target.samefile(path) for path, target in targets.items())
     if same or len({*targets.values()}) < len(targets):
         raise UsageError(f"--out {out}: a picture would be overwritten; choose another folder")
-    device = next(generator.parameters()).device
     channels = 3 if generator.colour else generator.encoder[0][0].in_channels
     paths, size = [*targets], args.batch_size or 8
     for some in (paths[i : i + size] for i in range(0, len(paths), size)):
@@ -411,28 +420,26 @@ def save_samples(model, path):
 def shown(generator, pairs, about, seed=0):
     """Inputs, outputs and truths of uint8 pairs, as lists of pictures in [0, 1]."""
     inputs, outputs, truths = [], [], []
-    for _, equal in itertools.groupby(pairs, lambda pair: pair.shape):
-        for some in torch.stack([*equal]).split(8):
-            x, y = normalise(some, about)
-            inputs += x / 2 + 0.5
-            outputs += picture(x, generator(x, generator.draw(x, seed)), about["colour"])
-            truths += picture(x, y, about["colour"])
+    for some in batches(pairs):
+        x, y = normalise(some, about)
+        inputs += x / 2 + 0.5
+        outputs += picture(x, generator(x, generator.draw(x, seed)), about["colour"])
+        truths += picture(x, y, about["colour"])
     return inputs, outputs, truths
 
 
 # ------------------------------------------------------------------ evaluation
-@torch.no_grad()
 def evaluate(model, data):
     """The measures of the docstring on up to 32 held-out pairs."""
-    return measures(model.generator, data.test[:32], data.about)
+    _, outputs, truths = shown(model.generator, data.test[:32], data.about)
+    return measures(outputs, truths, data.about)
 
 
-def measures(generator, pairs, about):
+def measures(outputs, truths, about):
     """The measures of the docstring that follow from outputs and truths alone."""
-    _, outputs, truths = shown(generator, pairs, about)
     found = compare(outputs, truths)
     if about["labels"] == "output":
-        palette = torch.tensor(about["palette"], device=pairs[0].device)
+        palette = torch.tensor(about["palette"], device=truths[0].device)
         labels = [[nearest(image, palette) for image in images] for images in (outputs, truths)]
         found |= accuracies(sum(confusion(*both, len(palette)) for both in zip(*labels)))
     return found
@@ -503,8 +510,7 @@ def trained_segmenter(data, args, path, updates=3000):
     palette = torch.tensor(about["palette"], device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # leaves the run's alone
         torch.manual_seed(0)
-        depth = int(math.log2(args.image_size))
-        segmenter = Generator(about["output"], len(palette), 16, depth).to(device)
+        segmenter = Generator(about["output"], len(palette), 16, depth_of(args)).to(device)
         if path.exists():
             segmenter.load_state_dict(torch.load(path, device, weights_only=True))
             return segmenter
@@ -543,7 +549,7 @@ def finish(model, data, folder, rows):
     save_curves(folder / "curves.png", rows)
     inputs, outputs, truths = shown(G, data.test, about)
     save_rows(folder / "examples.png", inputs[:12], outputs[:12], truths[:12])
-    figures = {"pairs": len(data.test)} | measures(G, data.test, about)
+    figures = {"pairs": len(data.test)} | measures(outputs, truths, about)
     _, again, _ = shown(G, data.test[:32], about, seed=1)
     changes = torch.stack([(a - b).square().mean() for a, b in zip(again, outputs)]).mean().sqrt()
     figures["noise"] = changes.item()
