@@ -24,7 +24,6 @@ other half of the test set is scored like a generator: it is the ceiling, with a
 """
 
 import argparse
-import contextlib
 import csv
 import importlib
 import io
@@ -222,9 +221,6 @@ def evaluate(args):
 
 def main(argv=None):
     """Scores the checkpoints; a mistake of the user's ends in a message and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, timeout = arguments(), socket.getdefaulttimeout()
     args = parser.parse_args(argv)
     try:
@@ -298,4 +294,7 @@ def unit(images):
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # a notebook asks for its own, which may be missing here
+    for stream in (sys.stdout, sys.stderr):  # there may be none, or one of few letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()

@@ -73,8 +73,10 @@ def arguments():
     add("--data-dir", default="data", help="of data sets; or your own images")
     add("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("GAN", "None: what suits the data").add_argument
-    add("--lr", type=at_least(0, float), help="learning rate at first; on images 0.1")
-    add("--lr-decay", type=at_least(0, float), help="each update divides --lr by 1 + this; 4e-6")
+    add("--lr", type=at_least(0, float), help="learning rate at first")
+    add("--lr-decay", type=at_least(0, float), help="each update divides --lr by 1 + this")
+    fall = "share of the updates, the last ones, in which the rate goes down to 0"
+    add("--lr-fall", type=at_least(0, float, 1), help=fall)
     add("--saturating", action="store_true", help="G minimises log(1 - D), as in equation 1")
     alternate = "algorithm 1: K updates of D, or 1, then one of G; None: both at once"
     add("--alternate", type=at_least(1), nargs="?", const=1, metavar="K", help=alternate)
@@ -83,15 +85,18 @@ def arguments():
 
 def suit(args, data):
     """Gives the flags that were left out what suits the data."""
-    batch_size, epochs, lr, lr_decay = 100, 250, 0.1, 4e-6
+    batch_size, epochs, lr, lr_decay, lr_fall = 100, 250, 0.1, 4e-6, 0.2
+    if len(data.train) > 9999:
+        epochs, lr = 150, 0.25  # with which small sets end in nan
     if data.name == "1d":
-        batch_size, epochs, lr, lr_decay = 2000, 30, 2e-3, 1e-3
+        batch_size, epochs, lr, lr_decay, lr_fall = 2000, 30, 2e-3, 1e-3, 0
         torch.set_num_threads(1)  # so little work is no faster on two, which wait for each other
     few = max(2, len(data.train) // (args.alternate or 1))
     args.batch_size = args.batch_size or min(batch_size, few)
     args.epochs = args.epochs or epochs
     args.lr = lr if args.lr is None else args.lr
     args.lr_decay = lr_decay if args.lr_decay is None else args.lr_decay
+    args.lr_fall = lr_fall if args.lr_fall is None else args.lr_fall
     if len(data.train) < 7:
         raise UsageError(f"{data.name} has {len(data.train)} training images; 7 are the least")
 
@@ -166,12 +171,18 @@ def perceptron(width=64):
 
 
 # ------------------------------------------------------------------ the training step
-class PaperSGD(torch.optim.Optimizer):
-    """The authors' SGD: each update divides the learning rate by 1 + decay, down to 1e-6; the
-    momentum rises from 0.5 to 0.7 in 250 epochs of 500. The device counts, as a graph can."""
+def learning_rate(updates, lr, decay, fall_from=1e9, end=1e9):
+    """The rate after so many updates, a tensor on the device, which counts them as a graph can:
+    each divides it by 1 + decay; those from fall_from on bring it down to 0 at the end."""
+    fall = (end - updates) / max(1, end - fall_from)
+    return lr * torch.exp(updates * -math.log1p(decay)) * fall.clamp(0, 1)
 
-    def __init__(self, parameters, lr, decay):
-        super().__init__(parameters, {"lr": lr, "decay": decay})
+
+class PaperSGD(torch.optim.Optimizer):
+    """The authors' SGD: the momentum rises from 0.5 to 0.7 in 250 epochs of 500."""
+
+    def __init__(self, parameters, lr, *schedule):
+        super().__init__(parameters, {"lr": lr, "schedule": schedule})
         for p in self.param_groups[0]["params"]:
             self.state[p] = {"updates": p.new_zeros(()), "velocity": torch.zeros_like(p)}
 
@@ -180,22 +191,21 @@ class PaperSGD(torch.optim.Optimizer):
         group = self.param_groups[0]
         for p in group["params"]:
             updates, velocity = self.state[p]["updates"], self.state[p]["velocity"]
-            rate = group["lr"] * torch.exp(updates * -math.log1p(group["decay"]))
+            rate = learning_rate(updates, group["lr"], *group["schedule"])
             momentum = 0.5 + 0.2 * (updates / 125_000).clamp_max(1)
-            p.add_(velocity.mul_(momentum).addcmul_(p.grad, -rate.clamp_min(1e-6)))
+            p.add_(velocity.mul_(momentum).addcmul_(p.grad, -rate))
             updates += 1
 
 
-def falling_adam(parameters, lr, decay):
-    """Adam at a learning rate that each update divides by 1 + decay, for the line."""
+def falling_adam(parameters, *schedule):
+    """Adam on the same schedule, for the line."""
     first, *others = parameters
-    rate = torch.tensor(lr, device=first.device)
+    rate = torch.tensor(schedule[0], device=first.device)
     optimizer = torch.optim.Adam([first, *others], rate, (0.5, 0.9), fused=True, capturable=True)
 
     def fall(*_):  # on the device and from the optimizer's own count, which a checkpoint has
         if state := optimizer.state.get(first):  # there is none before the first step
-            falling = lr * torch.exp(state["step"] * -math.log1p(decay))
-            optimizer.param_groups[0]["lr"].copy_(falling)
+            optimizer.param_groups[0]["lr"].copy_(learning_rate(state["step"], *schedule))
 
     optimizer.register_step_pre_hook(fall)
     return optimizer
@@ -252,8 +262,10 @@ class Model(nn.Module):
             optimizer = PaperSGD
             mean = data.train.mean(dim=0, dtype=torch.float32).flatten() / 255
             self.generator.layers[4].bias.data.copy_(mean.clamp(0.001, 0.999).logit())
+        end = args.epochs * (len(data.train) // self.samples_per_step)
+        schedule = args.lr, args.lr_decay, end * (1 - args.lr_fall), end
         networks = self.generator, self.discriminator
-        self.optimizers = [optimizer(x.parameters(), args.lr, args.lr_decay) for x in networks]
+        self.optimizers = [optimizer(x.parameters(), *schedule) for x in networks]
         self.optimizer_g, self.optimizer_d = self.optimizers
 
     def batch(self, data, index):

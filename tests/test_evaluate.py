@@ -145,27 +145,29 @@ def test_data_that_have_moved(run, capsys):
     assert "not the run's data" in refused(capsys, run, "--data-dir", "others")
 
 
-def test_streams_of_few_letters_and_none_at_all(run, monkeypatch):
-    latin = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    shutil.copytree("run", "\u732b")
-    monkeypatch.setattr(sys, "stdout", latin)
-    evaluate.main(["\u732b/checkpoint.pt", "--out", "cat"])
-    assert rb"infogan \u732b" in latin.buffer.getvalue()
-    assert read_table("cat.csv")[1]["name"] == "infogan \u732b"
+def test_no_streams_at_all(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     evaluate.main([run])
     assert len(read_table("scores.csv")) == 2
 
 
-def test_as_a_command_in_a_notebooks_environment():
+def test_main_leaves_the_callers_streams_alone(run, monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", latin)
+    evaluate.main([run])
+    assert latin.errors == "strict" and not latin.line_buffering
+
+
+def test_as_a_command_in_a_notebooks_environment_and_a_code_page_of_few_letters():
     write_images("pictures", n=150)
-    run = trained("run", script="cgan")
-    environment = {**os.environ, "MPLBACKEND": "module://no_such_backend"}
+    run = trained("\u732b", script="cgan")
+    strange = {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://no_such_backend"}
     command = [sys.executable, ROOT / "evaluate.py", run, "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | strange, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "classifier: test accuracy" in done.stdout and Path("scores.png").exists()
+    assert b"classifier: test accuracy" in done.stdout and rb"cgan \u732b" in done.stdout
+    assert read_table("scores.csv")[1]["name"] == "cgan \u732b" and Path("scores.png").exists()
 
 
 def test_bad_checkpoints(run, capsys):
