@@ -1,6 +1,7 @@
 """What every test needs: the scripts importable, and the devices there are."""
 
 import multiprocessing
+import os
 import socket
 import sys
 from multiprocessing import forkserver
@@ -15,7 +16,9 @@ pytest.register_assert_rewrite("helpers")
 from emulation import emulated, load, sources  # noqa: E402
 from helpers import child, no_network  # noqa: E402
 
-torch.set_num_threads(1)  # on a busy machine threads of small tensors wait for each other
+# on a busy machine threads of small tensors wait for each other; those of processes begun here, too
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 

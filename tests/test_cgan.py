@@ -418,13 +418,12 @@ def test_run_folder(finished):
         assert np.asarray(image.convert("L")).std() > 1  # not blank
 
 
-@pytest.mark.parametrize("stop", [7, 10])
-def test_resume_equals_uninterrupted(finished, stop, monkeypatch):
-    """In mid-epoch and on an epoch's end; the mlp's schedule goes on where it was."""
+def test_resume_equals_uninterrupted(finished, monkeypatch):
+    """In mid-epoch; the mlp's schedule goes on where it was."""
     quick_classifier(monkeypatch)
     config = json.loads((finished / "config.json").read_text())
     flags = ["--network", config["network"], "--data-dir", config["data_dir"]]
-    cgan.main([*SMALL, *flags, "--out", "run", "--max-steps", str(stop)])
+    cgan.main([*SMALL, *flags, "--out", "run", "--max-steps", "7"])
     cgan.main(["--resume", "run/checkpoint.pt", "--max-steps", "1000"])
     assert same(weights("run"), weights(finished))
     if config["network"] == "mlp":
@@ -510,6 +509,7 @@ def test_bad_flags(capsys):
 def test_labels_are_obeyed_after_a_hundred_updates(yardstick, monkeypatch):
     """Chance is 0.1."""
     monkeypatch.setattr(cgan, "train_classifier", lambda data: yardstick)
+    monkeypatch.setattr(cgan, "SAMPLES", 500)
     flags = ["--dataset", "digits", "--batch-size", "16", "--max-steps", "120", "--out", "run"]
     cgan.main([*flags, "--device", "cpu"])
     assert summary("run")["label_fidelity"] > 0.4

@@ -68,6 +68,8 @@ def script(request):
 
 INFOGAN = pytest.mark.parametrize("script", ["infogan"], indirect=True)
 PICTURES = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+# the run block is the same in all; of each kind of data one
+KINDS = pytest.mark.parametrize("script", ["infogan", "pix2pix", "ctgan"], indirect=True)
 # oversampling.py draws its batches, of all classes alike
 EPOCHS = pytest.mark.parametrize("script", SCRIPTS[:-1], indirect=True)
 
@@ -448,6 +450,7 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
+@KINDS
 def test_interrupted_run_says_how_to_go_on(script, finished, capsys, monkeypatch, no_figures):
     with monkeypatch.context() as patch:
         at_update(script, patch, 105, interrupt)
@@ -472,6 +475,7 @@ def test_interrupted_before_the_first_checkpoint_it_names_none(
     assert stop.value.code == 130 and error.endswith("stopped; no checkpoint was written\n")
 
 
+@KINDS
 def test_main_works_in_a_thread(script, finished):
     flags = small(script, finished, "--out", "run", "--max-steps", "2")
     thread = threading.Thread(target=script.main, args=[flags])
@@ -513,6 +517,7 @@ def spoil_weight(model, losses):
     return losses
 
 
+@KINDS
 @pytest.mark.parametrize("spoil, number", [(spoil_loss, 104), (spoil_weight, 110)])
 def test_nan_stops_within_a_row_and_leaves_the_last_good_state(
     spoil, number, script, finished, capsys, monkeypatch, no_figures
@@ -527,6 +532,7 @@ def test_nan_stops_within_a_row_and_leaves_the_last_good_state(
     assert int(rows("run")[-1]["step"]) == 120
 
 
+@KINDS
 def test_nan_at_the_end_of_a_stage_is_not_saved(script, finished, capsys, monkeypatch):
     at_update(script, monkeypatch, 100, spoil_loss)
     error = error_of(script, capsys, *small(script, finished, "--out", "run"))
@@ -753,6 +759,7 @@ def lacking(kept):
     return [{key: kept[key] for key in kept if key != missing} for missing in kept]
 
 
+@KINDS
 @pytest.mark.parametrize("flag", ["--resume", "--generate"])
 def test_bad_checkpoints(flag, script, finished, refused, capsys):
     whole = (finished / "checkpoint.pt").read_bytes()
@@ -866,24 +873,36 @@ def test_settings_of_the_process_are_as_before(error, script, finished, monkeypa
 
 
 # ------------------------------------------------------------------ copied alone
+ALONE = """
+import importlib, json, os, sys
+sys.modules["gan_kernels"] = None
+for name, flags in json.loads(sys.argv[1]).items():
+    os.chdir(name)
+    sys.path[:] = [os.getcwd(), *filter(os.path.isabs, sys.path)]
+    script = importlib.import_module(name)
+    if hasattr(script, "SAMPLES"):
+        script.SAMPLES = 200
+    if hasattr(script, "train_classifier"):
+        script.train_classifier.__defaults__ = 1, 2, 32
+    script.main(flags)
+    os.chdir("..")
+    sys.path.pop(0)
+"""
+
+
 def test_scripts_alone_in_an_empty_folder():
     """Each file by itself, as someone who copies it has it: no extension, no repository."""
-    begun = {}
+    common = ["--dataset", "digits", "--max-steps", "1", "--batch-size", "8", "--out", "run"]
+    own = {"infogan": ["--continuous", "0", "--categorical", "2"]}
+    own |= {"dcgan": [*SMALL_NETWORKS["dcgan"], "--label"]}  # which has no SVM to measure
     for name in ALL:
         Path(name).mkdir()
         write_table(f"{name}/table.csv")
         write_pairs(f"{name}/data")
         shutil.copy(ROOT / f"{name}.py", name)
-        hide = f"import sys, runpy; sys.modules['gan_kernels'] = None; sys.argv[0] = '{name}.py'; "
-        code = f"{hide}runpy.run_path('{name}.py', run_name='__main__')"
-        flags = ["--dataset", "digits", "--max-steps", "1", "--batch-size", "8", "--out", "run"]
-        own = {"infogan": ["--continuous", "0", "--categorical", "2"]}
-        own |= {"dcgan": [*SMALL_NETWORKS["dcgan"], "--label"]}  # which has no SVM to measure
-        flags += own.get(name, SMALL_NETWORKS[name])
-        begun[name] = subprocess.Popen(
-            [sys.executable, "-I", "-c", code, *flags], cwd=name, stderr=subprocess.PIPE, text=True
-        )
-    for name, process in begun.items():
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    flags = {name: [*common, *own.get(name, SMALL_NETWORKS[name])] for name in ALL}
+    command = [sys.executable, "-I", "-c", ALONE, json.dumps(flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ALL:
         assert summary(f"{name}/run")["kernels"] == "reference"

@@ -394,8 +394,9 @@ def losses_of(script, steps, device, *flags):
 
 @EVERY
 def test_bf16_gives_nearly_the_losses_of_fp32(script, device):
-    exact = losses_of(script, 3, device, "--no-graph")
-    rounded = losses_of(script, 3, device, "--no-graph", "--precision", "bf16")
+    flags = [device, "--no-graph", *(["--dim", "16"] if script.SCRIPT == "wgan_gp" else [])]
+    exact = losses_of(script, 2, *flags)
+    rounded = losses_of(script, 2, *flags, "--precision", "bf16")
     assert not torch.equal(exact, rounded)
     assert torch.allclose(exact, rounded, rtol=0.1, atol=0.1)
 

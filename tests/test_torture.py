@@ -62,7 +62,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(start, name):
     began = time.monotonic()
     assert exit_code(start(*flags, "--out", "whole")) == 0
     took = time.monotonic() - began
-    draw, kills, resumed, wanted = random.Random(0), 0, 0, 100 if LONG else 8
+    draw, kills, resumed, wanted = random.Random(0), 0, 0, 100 if LONG else 5
     while kills < wanted:
         shutil.rmtree("run", ignore_errors=True)
         while not Path("run/summary.json").exists():
