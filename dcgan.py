@@ -23,7 +23,8 @@ The networks follow the guidelines of section 3, for images of any even size and
 
 Noise is uniform in (-1, 1); weights start at N(0, 0.02); Adam has a rate of 0.0002 and beta1 0.5.
 With --label the class joins every layer of both as constant maps, as in the authors' code for MNIST
-(Newmu/dcgan_code), which then leaves out batch norm's gain and bias.
+(Newmu/dcgan_code), which then leaves out batch norm's gain and bias, and lets the rate fall to 0 in
+the second half of a run.
 
 What the script measures of the paper's claims:
 
