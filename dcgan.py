@@ -23,8 +23,7 @@ The networks follow the guidelines of section 3, for images of any even size and
 
 Noise is uniform in (-1, 1); weights start at N(0, 0.02); Adam has a rate of 0.0002 and beta1 0.5.
 With --label the class joins every layer of both as constant maps, as in the authors' code for MNIST
-(Newmu/dcgan_code), which then leaves out batch norm's gain and bias, and lets the rate fall to 0 in
-the second half of a run.
+(Newmu/dcgan_code), which then leaves out batch norm's gain and bias.
 
 What the script measures of the paper's claims:
 
@@ -93,8 +92,6 @@ def arguments():
     width = "maps of D's first layer, which double from layer to layer; None: 64 at 28x28, else 128"
     add("--width", type=at_least(1, high=1024), help=width)
     add("--lr", type=at_least(0, float), default=2e-4, help="learning rate of both networks")
-    fall = "share of the updates, the last ones, in which the rate goes down to 0"
-    add("--lr-fall", type=at_least(0, float, 1), help=f"{fall}; None: half with --label, else 0")
     add("--draws", type=at_least(2), default=20, help="of labels, for the error of the SVM")
     label = "train with the classes; with --generate: which to draw, by name or number"
     add("--label", nargs="*", metavar="NAME", help=label)
@@ -120,8 +117,6 @@ def suit(args, data):
     args.epochs = args.epochs or (25 if many else 50)
     args.batch_size = args.batch_size or min(128 if many else 32, len(data.train))
     args.width = args.width or (64 if data.train.shape[-1] == 28 else 128)
-    if args.lr_fall is None:
-        args.lr_fall = 0 if args.label is None else 0.5  # as in the authors' codes
 
 
 # ------------------------------------------------------------------ networks (section 3)
@@ -224,21 +219,6 @@ def initialise(module):
 
 
 # ------------------------------------------------------------------ the training step
-def falling_adam(parameters, lr, fall_from, end):
-    """Adam whose rate the updates from fall_from on bring down to 0 at the end."""
-    first, *others = parameters
-    rate = torch.tensor(lr, device=first.device)
-    optimizer = torch.optim.Adam([first, *others], rate, (0.5, 0.999), fused=True, capturable=True)
-
-    def fall(*_):  # on the device and from the optimizer's own count, which a checkpoint has
-        if state := optimizer.state.get(first):  # there is none before the first step
-            share = (end - state["step"]) / max(1, end - fall_from)
-            optimizer.param_groups[0]["lr"].copy_(lr * share.clamp(0, 1))
-
-    optimizer.register_step_pre_hook(fall)
-    return optimizer
-
-
 def train_step(model, real, label):
     """One update of D, then one of G, on real images (batch, channels, size, size) and labels.
 
@@ -275,10 +255,10 @@ class Model(nn.Module):
         sizes = data.train.shape[1:], args.width, data.classes if args.label is not None else ()
         self.generator, self.discriminator = Generator(*sizes), Discriminator(*sizes)
         self.to(data.train.device, memory_format=torch.channels_last)
-        end = args.epochs * (len(data.train) // args.batch_size)
-        networks, schedule = (self.generator, self.discriminator), (end * (1 - args.lr_fall), end)
-        self.optimizers = [falling_adam(x.parameters(), args.lr, *schedule) for x in networks]
-        self.optimizer_g, self.optimizer_d = self.optimizers
+        adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True, "capturable": True}
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)
+        self.optimizers = [self.optimizer_g, self.optimizer_d]
 
     def batch(self, data, index):
         """What train_step takes of the samples of these numbers."""

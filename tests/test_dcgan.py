@@ -128,18 +128,6 @@ def test_step_updates_d_then_g_from_the_same_fakes():
 
 
 # ------------------------------------------------------------------ sampling
-def test_rate_is_constant_and_with_labels_falls_to_0_in_the_second_half():
-    data, flags = made_data(), ("--epochs", "2", "--batch-size", "40")  # ten updates of 200 images
-    fallen = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
-    for more, shares in (((), [1] * 10), (("--label",), fallen)):
-        model, rates = model_of(data, *flags, *more).train(), []
-        for _ in range(10):
-            dcgan.train_step(model, *model.batch(data, torch.arange(40)))
-            rates.append([float(x.param_groups[0]["lr"]) for x in model.optimizers])
-        wanted = 2e-4 * torch.tensor(shares)
-        assert torch.allclose(torch.tensor(rates), wanted[:, None].expand(10, 2))
-
-
 def test_image_follows_from_its_noise_alone():
     g = networks()[0].eval()
     many = dcgan.sample(g, 30, seed=3)

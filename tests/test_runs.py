@@ -47,7 +47,7 @@ QUICK = ["--dataset", "digits", "--batch-size", "32", "--device", "cpu", "--kern
 SMALL = ["--dataset", "mnist", "--batch-size", "8", "--epochs", "12", "--log-every", "10"]
 SMALL += ["--device", "cpu", "--kernels", "reference"]
 FREE = {"epochs", "max_steps", "log_every", "device", "dataset", "data_dir", "data"}
-FREE |= {"lr", "lr_d", "lr_g", "lr_decay", "lr_fall"}
+FREE |= {"lr", "lr_d", "lr_g", "lr_fall"}
 
 
 def shrink_all(patch):

@@ -253,7 +253,7 @@ def test_gan_copied_into_a_notebook(shape):
     G, D = lib.Generator(shape, 32), lib.Discriminator(shape, 16)
     model = SimpleNamespace(generator=G, discriminator=D)
     model.args = Namespace(alternate=None, saturating=False)
-    model.optimizer_g, model.optimizer_d = (lib.PaperSGD(x.parameters(), 0.1, 4e-6) for x in (G, D))
+    model.optimizer_g, model.optimizer_d = (lib.PaperSGD(x.parameters(), 0.1) for x in (G, D))
     real = images() if len(shape) == 3 else torch.randn(8, 1)
     assert trains(lambda real: lib.train_step(model, real), [G, D], [real], [-real])
 
