@@ -85,7 +85,7 @@ def suit(args, data):
     if len(data.train) > 9999:
         suits |= {"epochs": 150, "lr": 0.25}  # with which small sets end in nan
     if data.name == "1d":
-        suits = {"batch_size": min(2000, few), "epochs": 30, "lr": 2e-3, "lr_fall": 1}
+        suits = {"batch_size": min(2000, few), "epochs": 30, "lr": 2e-3, "lr_fall": 0}
         torch.set_num_threads(1)  # so little work is no faster on two, which wait for each other
     vars(args).update({k: v for k, v in suits.items() if getattr(args, k) is None})
     if len(data.train) < 7:
@@ -162,11 +162,11 @@ def perceptron(width=64):
 
 
 # ------------------------------------------------------------------ the training step
-def learning_rate(updates, lr, fall_from=1e9, end=1e9):
+def learning_rate(updates, lr, fall_from=1e9, end=1e9, decay=4e-6):
     """The rate after so many updates (a tensor: the device counts, as a graph can): each divides it
-    by 1.000004, as the authors have it, and those from fall_from on bring it to 0 at the end."""
+    by 1 + decay, the authors', and those from fall_from on bring it to 0 at the end."""
     fall = (end - updates) / max(1, end - fall_from)
-    return lr * torch.exp(updates * -math.log1p(4e-6)) * fall.clamp(0, 1)
+    return lr * torch.exp(updates * -math.log1p(decay)) * fall.clamp(0, 1)
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -189,14 +189,14 @@ class PaperSGD(torch.optim.Optimizer):
 
 
 def falling_adam(parameters, *schedule):
-    """Adam on the same schedule, for the line."""
+    """Adam for the line, whose rate decays faster."""
     first, *others = parameters
-    rate = torch.tensor(schedule[0], device=first.device)
-    optimizer = torch.optim.Adam([first, *others], rate, (0.5, 0.9), fused=True, capturable=True)
+    lr = torch.tensor(schedule[0], device=first.device)
+    optimizer = torch.optim.Adam([first, *others], lr, (0.5, 0.9), fused=True, capturable=True)
 
-    def fall(*_):  # on the device and from the optimizer's own count, which a checkpoint has
-        if state := optimizer.state.get(first):  # there is none before the first step
-            optimizer.param_groups[0]["lr"].copy_(learning_rate(state["step"], *schedule))
+    def fall(adam, *_):  # on the device and from Adam's own count, which a checkpoint has
+        if state := adam.state.get(first):  # there is none before the first step
+            adam.param_groups[0]["lr"].copy_(learning_rate(state["step"], *schedule, decay=1e-3))
 
     optimizer.register_step_pre_hook(fall)
     return optimizer

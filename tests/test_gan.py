@@ -107,15 +107,17 @@ def test_sgd_follows_the_authors_schedule():
 
 def test_rate_falls_on_the_line_and_goes_on_where_its_state_was():
     x = torch.zeros(2, requires_grad=True)
-    optimizer = gan.falling_adam([x], 0.1, 0, 8)
+    optimizer = gan.falling_adam([x], 0.1, 4, 8)
     x.grad = torch.ones(2)
     for t in range(4):
         optimizer.step()
-        assert math.isclose(optimizer.param_groups[0]["lr"], 0.1 * (1 - t / 8), rel_tol=1e-4)
-    other = gan.falling_adam([x], 0.1, 0, 8)
+        assert math.isclose(optimizer.param_groups[0]["lr"], 0.1 / 1.001**t, rel_tol=1e-5)
+    optimizer.step()
+    optimizer.step()
+    other = gan.falling_adam([x], 0.1, 4, 8)
     other.load_state_dict(other.state_dict() | {"state": optimizer.state_dict()["state"]})
     other.step()
-    assert math.isclose(other.param_groups[0]["lr"], 0.1 / 2, rel_tol=1e-4)
+    assert math.isclose(other.param_groups[0]["lr"], 0.05 / 1.001**6, rel_tol=1e-5)
 
 
 def test_rate_goes_down_to_0_in_the_last_share_of_a_run():
@@ -372,7 +374,7 @@ def test_flags_left_out_suit_the_data():
     given = ["--epochs", "3", "--batch-size", "7", "--lr", "0", "--lr-fall", "0"]
     assert suited(made_data(), *given) == (3, 7, 0, 0)
     line = gan.Data("1d", *gan.line_set(100))
-    assert suited(line) == (30, 100, 2e-3, 1)
+    assert suited(line) == (30, 100, 2e-3, 0)
 
 
 def test_bad_flags(capsys):
