@@ -14,7 +14,7 @@ train: .venv/built
 test: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -n 2  # of one thread each
+	.venv/bin/python -m pytest -n 2 --dist worksteal  # of one thread each, half of the tests first
 
 torture: .venv/tested
 	TORTURE=1 .venv/bin/python -m pytest tests/test_torture.py

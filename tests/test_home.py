@@ -259,8 +259,7 @@ def test_class_of_one_picture_trains_and_classes_of_one_alone_are_refused(refuse
 
 # ------------------------------------------------------------------ streams and notebooks
 def command(*flags):
-    small = ["--noise", "2", "--categorical", "2", "--continuous", "0"]
-    return [sys.executable, ROOT / "infogan.py", *QUICK, *small, "--dataset", "digits", *flags]
+    return [sys.executable, ROOT / "gan.py", *QUICK, "--dataset", "1d", *flags]
 
 
 def test_code_page_without_the_letters_and_a_notebooks_back_end():
@@ -268,7 +267,7 @@ def test_code_page_without_the_letters_and_a_notebooks_back_end():
     strange = {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "nowhere"}
     done = subprocess.run(command("--out", "猫"), capture_output=True, env=os.environ | strange)
     assert done.returncode == 0, done.stderr
-    assert {"summary.json", "codes.png"} <= {*names("猫")} and b"\\u732b" in done.stdout
+    assert {"summary.json", "figure1.png"} <= {*names("猫")} and b"\\u732b" in done.stdout
 
 
 def test_both_streams_are_closed():
