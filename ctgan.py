@@ -12,8 +12,8 @@ categories, generated so that rare values stay and any value can be asked for.
     python ctgan.py --dataset grid --model tvae      # also gridr, ring, asia, a network.bif
     python ctgan.py --generate runs/.../checkpoint.pt --rows 1000 --given income='>50K'
 
-On Adult (300 epochs, three seeds, an EPYC core) classifiers that learn from CTGAN's rows have a mean
-F1 of 0.630 on real ones, from TVAE's 0.640, from real rows 0.655; the paper has 0.601, 0.626, 0.669.
+On Adult (300 epochs, three seeds, an EPYC core) classifiers that learn from CTGAN's rows have a
+mean F1 of 0.630 on real ones, from TVAE's 0.640, from real rows 0.655; paper: 0.601, 0.626, 0.669.
 
 From Python: sample(fit(table), 1000, given={"sex": "Female"}), with a dictionary of NumPy arrays or
 a pandas data frame. Every run, and what the departures below do: docs/ctgan.md.
