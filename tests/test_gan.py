@@ -355,7 +355,7 @@ def test_run_on_images_leaves_figures_and_their_numbers():
     found = json.loads(Path("run/summary.json").read_text())
     assert found["parzen_real_images"] == 60 and found["parzen_nats_of_real_images"] < 0
     assert found["nearest_training_image"] > 0 and found["parzen_estimate"] < 0
-    assert (found["lr"], found["lr_fall"]) == (0.1, 0.2)
+    assert (found["lr"], found["lr_fall"], found["epochs"]) == (0.1, 0.2, 2)
     images = gan.sample(gan.load_generator("run/checkpoint.pt"), 3)
     assert images.shape == (3, 1, 28, 28) and F.relu(-images).sum() == 0
 

@@ -147,8 +147,8 @@ def test_agrees_with_plain_double_backward(name, entries, cases, tables, monkeyp
     # the usual one also writes down a stack trace for each kind of device that is not in use
     monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
     # and the tables look through the whole stack, at each case, for the test that runs them
-    for module in ("common_utils", "opinfo.core"):
-        module = sys.modules[f"torch.testing._internal.{module}"]
+    for part in ("common_utils", "opinfo.core"):
+        module = sys.modules[f"torch.testing._internal.{part}"]
         monkeypatch.setattr(module, "extract_test_fn", lambda: None, raising=False)
     counts, failures = {}, []
     for entry in tables[name]:

@@ -874,19 +874,13 @@ def test_settings_of_the_process_are_as_before(error, script, finished, monkeypa
 
 # ------------------------------------------------------------------ copied alone
 ALONE = """
-import importlib, json, os, sys
+import json, os, runpy, sys
 sys.modules["gan_kernels"] = None
 for name, flags in json.loads(sys.argv[1]).items():
     os.chdir(name)
-    sys.path[:] = [os.getcwd(), *filter(os.path.isabs, sys.path)]
-    script = importlib.import_module(name)
-    if hasattr(script, "SAMPLES"):
-        script.SAMPLES = 200
-    if hasattr(script, "train_classifier"):
-        script.train_classifier.__defaults__ = 1, 2, 32
-    script.main(flags)
+    sys.argv = [f"{name}.py", *flags]
+    runpy.run_path(f"{name}.py", run_name="__main__")
     os.chdir("..")
-    sys.path.pop(0)
 """
 
 
