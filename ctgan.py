@@ -42,6 +42,7 @@ D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
   discrete column keep the ten.
 - TVAE draws categories and modes, as the paper has it; the authors' code takes the likeliest, which
   loses rare ones.
+- Rows drawn are raked: kept with a chance that gives each column its shares of the data again.
 - The learning rate falls to 0 in the second half of the updates, after which asia's likelihood
   fitness no longer swings.
 - Tables are small here: below 5,000 rows more epochs than the paper's 300, so that there are 3,000
@@ -194,7 +195,8 @@ def encode_numbers(x, rng):
     mode[known] = (cdf <= rng.random((len(cdf), 1)) * cdf[:, -1:]).sum(axis=1)
     alpha = np.zeros(len(x))
     alpha[known] = (x[known] - means[mode[known]]) / scales[mode[known]]
-    modes = {"means": means.tolist(), "scales": scales.tolist(), "missing": bool((~known).any())}
+    counts = np.bincount(mode, minlength=len(means)).tolist()
+    modes = {"means": means.tolist(), "scales": scales.tolist(), "counts": counts}
     return modes | {"low": float(values[0]), "high": float(values[-1])}, mode, alpha
 
 
@@ -494,16 +496,16 @@ class Model(nn.Module):
         super().__init__()
         self.args, self.columns, self.samples_per_step = args, data.columns, args.batch_size
         device, discrete = data.train.device, [c for c in self.columns if "categories" in c]
-        numbers = self.columns[len(discrete) :]
-        self.sizes = [len(c["categories"]) for c in discrete]
-        values = sum(self.sizes)
-        self.sizes += [len(c["means"]) + c["missing"] for c in numbers]
-        outputs = sum(self.sizes) + len(numbers)
+        self.sizes = [len(c["counts"]) for c in self.columns]
+        values, numbers = sum(self.sizes[: len(discrete)]), len(self.columns) - len(discrete)
+        outputs = sum(self.sizes) + numbers
         self.offsets = torch.tensor([0, *self.sizes[:-1]], device=device).cumsum(0)
+        counts = [torch.tensor(c["counts"], dtype=torch.float64) for c in self.columns]
+        self.share = torch.cat([n / n.sum() for n in counts]).to(device)  # of the rows, by span
+        self.raked = None  # what rake found
         # each value of a discrete column: its column, its rows, and its chance to be a condition
         columns = torch.repeat_interleave(torch.tensor(self.sizes[: len(discrete)], dtype=int))
-        self.column_of = columns.to(device)
-        counts = [torch.tensor(c["counts"], dtype=torch.float64) for c in discrete]
+        self.column_of, counts = columns.to(device), counts[: len(discrete)]
         self.count = torch.cat([torch.zeros(0), *counts]).to(device)
         self.first = self.count.cumsum(0) - self.count
         ordered = [data.train[:, i].argsort(stable=True) for i in range(len(discrete))]
@@ -521,7 +523,7 @@ class Model(nn.Module):
             self.optimizers = [self.optimizer_g, self.optimizer_d]
         else:
             self.encoder = Encoder(outputs, args.noise, args.dim).to(device)
-            self.decoder = Decoder(outputs, len(numbers), args.noise, args.dim).to(device)
+            self.decoder = Decoder(outputs, numbers, args.noise, args.dim).to(device)
             self.optimizer = adam(self, args, steps, (0.9, 0.999), 1e-5)
             self.optimizers = [self.optimizer]
         if args.kernels == "fused" and gan_kernels is None:
@@ -579,7 +581,7 @@ def adam(network, args, steps, betas, weight_decay):
 
 
 # ------------------------------------------------------------------ sampling
-CHUNK = 500  # rows drawn at a time, whole, so that the first row is the same for any number
+CHUNK = 1000  # rows drawn at a time, whole, so that the first row is the same for any number
 
 
 def sample(model, n, given=None, seed=0):
@@ -596,35 +598,68 @@ def sample_given(model, n, given, seed=0):
     """A table as sample gives it, and the share of the rows drawn that had what was given.
 
     CTGAN asks for the rarest of the given values by its condition, and what has not all of them is
-    drawn again; TVAE only draws again.
+    drawn again; TVAE only draws again. Rows are raked first: see rake.
     """
     wanted, tests = given_values(model, given)
-    rng, parts, drawn, kept = own_rng(model.offsets, seed), [], 0, 0
-    condition = None
-    if wanted:
-        rarest = min(wanted, key=lambda value: model.count[value].item())
-        condition = torch.full((CHUNK,), rarest, device=model.offsets.device)
+    value = min(wanted, key=lambda value: model.count[value].item(), default=None)
+    if model.raked is None or model.training:
+        model.raked = rake(model)
+    rng, level, parts, drawn, kept = own_rng(model.offsets, seed), None, [], 0, 0
     while kept < n or not parts:
-        table = decode(draw_rows(model, condition, rng), model.columns)
-        good = np.ones(CHUNK, dtype=bool)
+        rows = draw_rows(model, CHUNK, value, rng)
+        weight = model.raked[span_values(model, rows)].sum(dim=1)
+        level = weight.quantile(0.9) if level is None else level  # of the first rows, for all
+        u = torch.rand(CHUNK, dtype=torch.float64, device=rows.device, generator=rng)
+        rows = rows[u < (weight - level).exp()]
+        table, good = decode(rows, model.columns), np.ones(len(rows), dtype=bool)
         for name, test in tests.items():
             good &= test(table[name])
         parts.append({name: values[good] for name, values in table.items()})
-        drawn, kept = drawn + CHUNK, kept + int(good.sum())
-        if drawn >= 200 * CHUNK and kept < 1e-4 * drawn:
+        drawn, kept = drawn + len(rows), kept + int(good.sum())
+        if drawn >= 100_000 and kept < 1e-4 * drawn:
             raise UsageError(f"{given}: {kept} of {drawn:,} rows drawn had these values; ask less")
     table = {name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]}
     return table, kept / drawn
 
 
+def rake(model, n=20_000, passes=10):
+    """By how much each value of a row's spans raises the row's log-weight, (values,), float64.
+
+    Of rows drawn, those that stay with the chance min(1, weight / 90th percentile of the weights)
+    have the data's shares in each column, to one standard error of n rows: raking (Deming & Stephan
+    1940). At least a tenth of them stay.
+    """
+    rng = own_rng(model.offsets, 0)
+    drawn = [span_values(model, draw_rows(model, CHUNK, rng=rng)) for _ in range(n // CHUNK)]
+    columns, share = torch.cat(drawn).T, model.share
+    chance = (share * (1 - share) / n).sqrt()
+    raked, weight = torch.zeros_like(share), torch.zeros(n, dtype=share.dtype, device=share.device)
+    for values in columns.repeat(passes, 1):
+        stays = (weight - weight.quantile(0.9)).clamp(max=0).exp()
+        found = torch.bincount(values, stays, len(share)) / stays.sum()
+        wanted = found.clamp(share - chance, share + chance)
+        change = torch.where(found > 0, wanted / found, 1).log().clamp(-2, 2)
+        raked, weight = raked + change, weight + change[values]
+    return raked
+
+
+def span_values(model, rows):
+    """The numbers (n, spans) of the values in the spans of rows, among those of all spans."""
+    return rows[:, : len(model.sizes)].long() + model.offsets
+
+
 @torch.no_grad()
-def draw_rows(model, condition=None, rng=None):
-    """CHUNK rows as encode gives them, with the conditions (CHUNK,) or the data's own."""
-    training, z = model.training, model.noise(CHUNK, rng)
-    model.eval()  # the averages of training are part of G
+def draw_rows(model, n, value=None, rng=None):
+    """n rows as encode gives them, all with the condition of this value or with the data's own."""
+    if model.training:
+        model.eval()  # the averages of training are part of G
+        rows = draw_rows(model, n, value, rng)
+        model.train()
+        return rows
+    z = model.noise(n, rng)
     if model.args.model == "ctgan":
-        if condition is None:
-            condition = model.conditions(model.chance["data"], CHUNK, rng)
+        condition = model.conditions(model.chance["data"], n, rng)
+        condition = condition if value is None else torch.full_like(condition, value)
         outputs = model.generator(z, one_hot(condition, model.column_of))
         logits, alpha = outputs.tensor_split([sum(model.sizes)], dim=1)
         alpha = alpha.tanh()
@@ -632,7 +667,6 @@ def draw_rows(model, condition=None, rng=None):
         logits, alpha = model.decoder(z).tensor_split([sum(model.sizes)], dim=1)
         noise = torch.randn(alpha.shape, device=alpha.device, generator=rng)
         alpha = alpha.tanh() + model.decoder.sd * noise
-    model.train(training)
     spans = (logits + gumbel(logits, rng)).split(model.sizes, dim=1)
     return torch.cat([torch.stack([span.argmax(dim=1) for span in spans], dim=1), alpha], dim=1)
 
@@ -763,8 +797,9 @@ def generate(args):
 
 
 def save_samples(model, path):
-    """A hundred rows as a CSV file."""
-    write_csv(path.with_suffix(".csv"), sample(model, 100), model.columns)
+    """A hundred rows, as they come, as a CSV file."""
+    rows = draw_rows(model, 100, rng=own_rng(model.offsets, 0))
+    write_csv(path.with_suffix(".csv"), decode(rows, model.columns), model.columns)
 
 
 # ------------------------------------------------------------------ tables
@@ -1183,10 +1218,11 @@ def measurable(table, discrete):
 
 
 def evaluate(model, data):
-    """How like held-out rows 2,000 generated ones are: see quality."""
-    n, discrete = min(2000, len(next(iter(data.test.values())))), discrete_names(data)
-    test = {name: values[:n] for name, values in data.test.items()}
-    tables = (measurable(table, discrete) for table in (test, sample(model, n, seed=1)))
+    """How like held-out rows 2,000 generated ones are, before any is drawn again: see quality."""
+    discrete = discrete_names(data)
+    rows = draw_rows(model, 2000, rng=own_rng(model.offsets, 1))
+    tables = data.test, decode(rows, model.columns)
+    tables = ({name: v[:2000] for name, v in measurable(t, discrete).items()} for t in tables)
     return quality(*tables, discrete)
 
 
@@ -1227,8 +1263,7 @@ def obeyed(model, values=200):
     if n == 0 or model.args.model == "tvae":
         return {}
     for value in range(0, n, math.ceil(n / values)):
-        condition = torch.full((CHUNK,), value, device=model.offsets.device)
-        rows = draw_rows(model, condition, own_rng(condition, value))
+        rows = draw_rows(model, 500, value, own_rng(model.offsets, value))
         column = model.column_of[value]
         shares.append((rows[:, column] == value - model.offsets[column]).double().mean().item())
     return {"condition_obeyed": sum(shares) / len(shares), "condition_obeyed_worst": min(shares)}
