@@ -112,8 +112,7 @@ class _Convolution(Function):
         if g is None:
             return (None,) * 5
         x, w, b = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        need_x, need_w, need_b = ctx.asked.of(needed, x, w, b) if ctx.asked else needed
+        need_x, need_w, need_b = ctx.asked.of(ctx.needs_input_grad[:3], x, w, b)
         if torch.is_grad_enabled():
             gx = _InputGradient.apply(g, w, x.detach(), ctx.conf) if need_x else None
             gw = _WeightGradient.apply(g, x, w.detach(), ctx.conf) if need_w else None

@@ -7,7 +7,7 @@ import torch
 
 from gan_kernels._graph import Asked, leaves
 from gan_kernels._library import ops, usable
-from gan_kernels._rewriting import Rewriting, TracedRewriting, with_zeros
+from gan_kernels._rewriting import Rewriting
 
 _forward = ops.penalty.default
 _backward = ops.penalty_backward.default
@@ -15,17 +15,6 @@ _backward = ops.penalty_backward.default
 
 def _norm_dtype(gradient):
     return torch.float64 if gradient.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("gan_kernels::penalty")
-def _(gradient, target):
-    dtype = _norm_dtype(gradient)
-    return gradient.new_empty((), dtype=dtype), gradient.new_empty(gradient.shape[:1], dtype=dtype)
-
-
-@torch.library.register_fake("gan_kernels::penalty_backward")
-def _(penalty_gradient, gradient, norms, target):
-    return torch.empty_like(gradient)
 
 
 def _plain_backward(penalty_gradient, gradient, target):
@@ -110,19 +99,6 @@ def _silent_parameters(scores, x, rewritten):
             if hasattr(node, "variable") and id(node.variable) not in left_out:
                 silent.append(node.variable)
     return silent
-
-
-def _traced_penalty(critic, x, target):
-    """Return (penalty, norms) in a region that torch.compile compiles with both its gradients."""
-    x = x.detach().requires_grad_()
-    rewritten = TracedRewriting()
-    with rewritten:
-        scores = critic(x)
-    _check_scores(scores, x)
-    (gradient,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
-    penalty, norms = _norm_penalty(gradient, target)
-    silent = [p for p in rewritten.below if p.requires_grad]
-    return with_zeros(penalty, *silent) if silent else penalty, norms
 
 
 def _norm_penalty(gradient, target):
@@ -210,7 +186,6 @@ def _eager_penalty(critic, x, target):
     return _Penalty.apply(gradient, target, *silent)
 
 
-# Where torch.compile does not trace autograd.grad, the penalty is left out of what it compiles.
 _uncompiled_penalty = torch.compiler.disable(_eager_penalty)
 
 
@@ -221,17 +196,14 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     2017, eq. 3); on real or fake samples with target 0 it is R1 or R2 (Mescheder et al. 2018, eq. 9
     and 10, without the factor gamma / 2). Differentiable in the critic's parameters, to any order,
     with the gradients of plain double backward: the critic is run once, with its convolutions,
-    normalisations, piecewise-linear activations, pooling and padding rewritten while it runs so
-    that the second pass does no wasted work. Anything else goes through plain autograd: operations
-    too small to pay, transforms of torch.func, checkpointed regions, and whole critics in which
-    nothing pays.
+    normalisations, piecewise-linear activations and pooling rewritten while it runs so that the
+    second pass does no wasted work. Anything else goes through plain autograd: operations too small
+    to pay, transforms of torch.func, checkpointed regions, and whole critics in which nothing pays.
 
     A row whose gradient is exactly zero adds target^2 and a zero gradient. On a GPU that the
     kernels were not built for, plain double backward computes it, and a warning says so once.
 
-    Inside torch.compile, with torch._dynamo.config.trace_autograd_ops, a whole critic update with
-    its gradients compiles; without that setting the penalty itself runs uncompiled, as it does for
-    a critic that is compiled already.
+    Inside torch.compile the penalty itself runs uncompiled, as it does for a compiled critic.
 
     Args:
         critic: a callable from (batch, ...) to one score a row, (batch,) or (batch, 1); each score
@@ -257,10 +229,6 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
         )
     if x.dim() == 0 or len(x) == 0:
         raise ValueError("gradient_penalty: x has an empty batch")
-    if not torch.compiler.is_compiling():
-        penalty, norms = _eager_penalty(critic, x, float(target))
-    elif getattr(torch._dynamo.config, "trace_autograd_ops", False):
-        penalty, norms = _traced_penalty(critic, x, float(target))
-    else:
-        penalty, norms = _uncompiled_penalty(critic, x, float(target))
+    compute = _uncompiled_penalty if torch.compiler.is_compiling() else _eager_penalty
+    penalty, norms = compute(critic, x, float(target))
     return (penalty, norms) if return_norms else penalty

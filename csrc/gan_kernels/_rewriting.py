@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -47,38 +46,6 @@ def _applies(x, args, kwargs):
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
     plain = all(type(t) in _PLAIN and t.is_floating_point() for t in tensors)
     return plain and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad
-
-
-def _traced(function, rewritten):
-    """Return rewritten as one call that torch.compile keeps in its graph without looking inside."""
-
-    def call(*args, **kwargs):
-        y = rewritten(None, *args, **kwargs)
-        return function(*args, **kwargs) if y is NotImplemented else y
-
-    return torch.compiler.allow_in_graph(call)
-
-
-_TRACED = {function: _traced(function, rewritten) for function, rewritten in _REWRITTEN.items()}
-
-
-class _WithZeros(Function):
-    """value, and a gradient of zeros for each of parameters."""
-
-    @staticmethod
-    def forward(ctx, value, *parameters):
-        ctx.parameters = parameters
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, *map(torch.zeros_like, ctx.parameters)
-
-
-@torch.compiler.allow_in_graph
-def with_zeros(value, *parameters):
-    """Return value, giving each of parameters a gradient of zeros beside any other it gets."""
-    return _WithZeros.apply(value, *parameters)
 
 
 class Rewriting(TorchFunctionMode):
@@ -144,26 +111,3 @@ class Rewriting(TorchFunctionMode):
         if func in PIECEWISE_LINEAR and not self._silences(x):
             return NotImplemented
         return _REWRITTEN[func](self.asked, *args, **kwargs)
-
-
-class TracedRewriting(TorchFunctionMode):
-    """The same in a graph that torch.compile traces and that has no nodes to remember.
-
-    `below` holds the parameters used before the last operation that would have sent zeros down.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.below = [], []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        values = (*args, *kwargs.values())
-        self.used += [v for v in values if isinstance(v, torch.nn.Parameter)]
-        if func not in _REWRITTEN:
-            return func(*args, **kwargs)
-        if not _applies(kwargs["input"] if "input" in kwargs else args[0], args, kwargs):
-            return func(*args, **kwargs)
-        if func in PIECEWISE_LINEAR:
-            self.below, self.used = self.below + self.used, []
-        return _TRACED[func](*args, **kwargs)
