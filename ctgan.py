@@ -778,7 +778,10 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     args = argparse.Namespace(**state["config"] | {"kernels": "reference"})  # none are needed
     rows = torch.empty(0, state["data"]["shape"][1], device=device)
-    model = Model(args, Data("", state["data"]["about"], rows, None, None, None))
+    try:
+        model = Model(args, Data("", state["data"]["about"], rows, None, None, None))
+    except KeyError as error:
+        raise UsageError(f"{path} is of another version: its columns lack {error}") from error
     model.load_state_dict(state["model"])
     return model.eval().requires_grad_(False)
 

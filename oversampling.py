@@ -159,6 +159,8 @@ def suit(args, data):
             has = f"class {name} has {count} image{'s' * (count > 1)} to train on"
             raise UsageError(f"{has}, fewer than --t {args.t}: add more images, or leave it out")
     args.batch_size = args.batch_size or min(32, len(data.train))
+    if args.batch_size < 2:
+        raise UsageError(f"--batch-size {args.batch_size}: batch norm needs 2 or more")
     if args.epochs is None:  # an epoch has the updates that all images of the set would be
         args.max_steps = args.max_steps or (600 if len(data.train) > 9999 else 300)
         args.epochs = math.ceil(args.max_steps / max(1, len(data.train) // args.batch_size))

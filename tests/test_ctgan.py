@@ -1434,6 +1434,11 @@ def test_generate_from_what_is_no_checkpoint_of_this_script(finished, capsys):
             assert "cut.pt is no whole checkpoint of ctgan" in refused(capsys, flag, "cut.pt")
     torch.save({"script": "cgan", "shape": []}, "other.pt")
     assert "cgan" in refused(capsys, "--generate", "other.pt")
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    for column in state["data"]["about"]:
+        column.pop("counts")  # those of numbers have had none
+    torch.save(state, "old.pt")
+    assert "old.pt is of another version" in refused(capsys, "--generate", "old.pt")
 
 
 def test_checkpoint_is_loaded_onto_the_cpu(finished, monkeypatch):

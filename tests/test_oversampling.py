@@ -508,6 +508,12 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
         oversampling.fit_resample(X, y, **SMALL | flags)
 
 
+def test_batch_of_one_is_refused():
+    X, y = arrays()
+    with pytest.raises(ValueError, match="batch norm needs 2"):
+        oversampling.fit(X, y, **SMALL | {"batch_size": 1})
+
+
 def test_class_of_one_image_is_refused_by_name():
     X, y = arrays(counts=(9, 5, 1))
     with pytest.raises(ValueError, match=r"class c has 1 image.*more images, or leave it out"):
