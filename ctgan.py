@@ -607,7 +607,8 @@ def sample_given(model, n, given, seed=0):
     rng, level, parts, drawn, kept = own_rng(model.offsets, seed), None, [], 0, 0
     while kept < n or not parts:
         rows = draw_rows(model, CHUNK, value, rng)
-        weight = model.raked[span_values(model, rows)].sum(dim=1)
+        values = rows[:, : len(model.sizes)].long() + model.offsets
+        weight = model.raked[values].sum(dim=1)
         level = weight.quantile(0.9) if level is None else level  # of the first rows, for all
         u = torch.rand(CHUNK, dtype=torch.float64, device=rows.device, generator=rng)
         rows = rows[u < (weight - level).exp()]
@@ -629,23 +630,19 @@ def rake(model, n=20_000, passes=10):
     have the data's shares in each column, to one standard error of n rows: raking (Deming & Stephan
     1940). At least a tenth of them stay.
     """
-    rng = own_rng(model.offsets, 0)
-    drawn = [span_values(model, draw_rows(model, CHUNK, rng=rng)) for _ in range(n // CHUNK)]
-    columns, share = torch.cat(drawn).T, model.share
-    chance = (share * (1 - share) / n).sqrt()
-    raked, weight = torch.zeros_like(share), torch.zeros(n, dtype=share.dtype, device=share.device)
-    for values in columns.repeat(passes, 1):
-        stays = (weight - weight.quantile(0.9)).clamp(max=0).exp()
-        found = torch.bincount(values, stays, len(share)) / stays.sum()
-        wanted = found.clamp(share - chance, share + chance)
-        change = torch.where(found > 0, wanted / found, 1).log().clamp(-2, 2)
-        raked, weight = raked + change, weight + change[values]
-    return raked
-
-
-def span_values(model, rows):
-    """The numbers (n, spans) of the values in the spans of rows, among those of all spans."""
-    return rows[:, : len(model.sizes)].long() + model.offsets
+    rng, sizes = own_rng(model.offsets, 0), model.sizes
+    drawn = [draw_rows(model, CHUNK, rng=rng)[:, : len(sizes)].long() for _ in range(n // CHUNK)]
+    shares, raked = model.share.split(sizes), [*torch.zeros_like(model.share).split(sizes)]
+    weight, columns = model.share.new_zeros(n), torch.cat(drawn).T.contiguous()
+    for _ in range(passes):
+        level = weight.quantile(0.9)
+        for i, (values, share) in enumerate(zip(columns, shares)):
+            stays, chance = (weight - level).clamp(max=0).exp(), (share * (1 - share) / n).sqrt()
+            found = torch.bincount(values, stays, len(share)) / stays.sum()
+            wanted = found.clamp(share - chance, share + chance)
+            change = torch.where(found > 0, wanted / found, 1).log().clamp(-2, 2)
+            weight, raked[i] = weight + change[values], raked[i] + change
+    return torch.cat(raked)
 
 
 @torch.no_grad()
