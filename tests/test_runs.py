@@ -886,11 +886,11 @@ for name, flags in json.loads(sys.argv[1]).items():
 
 def test_scripts_alone_in_an_empty_folder():
     """Each file by itself, as someone who copies it has it: no extension, no repository."""
-    common = ["--dataset", "digits", "--max-steps", "1", "--batch-size", "8", "--out", "run"]
+    common = ["--dataset", "mnist", "--max-steps", "1", "--batch-size", "8", "--out", "run"]
     own = {"infogan": ["--continuous", "0", "--categorical", "2"]}
     own |= {"dcgan": [*SMALL_NETWORKS["dcgan"], "--label"]}  # which has no SVM to measure
     for name in ALL:
-        Path(name).mkdir()
+        write_mnist(f"{name}/data", train=80, test=20)
         write_table(f"{name}/table.csv")
         write_pairs(f"{name}/data")
         shutil.copy(ROOT / f"{name}.py", name)
