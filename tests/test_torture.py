@@ -168,6 +168,8 @@ def test_garbage_on_the_command_line_never_ends_in_a_traceback(name, capsys, mon
         return no_step(*batch)
 
     without_method(script, step, monkeypatch.setattr)
+    for stream in (sys.stdout, sys.stderr):  # as a script's last lines do
+        stream.reconfigure(errors="backslashreplace")
     draw, refused = random.Random(0), 0
     for _ in range(1000 if LONG else 60):
         line = [*SMALL_NETWORKS[name], *garbage(script, draw), "--max-steps", "1"]
