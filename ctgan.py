@@ -137,7 +137,8 @@ def suit(args, data):
     """Gives the flags that were left out what suits the data."""
     n, ctgan = len(data.train), args.model == "ctgan"
     if args.pac is None:  # where no conditions hold the modes apart, packs keep their spread
-        args.pac = 1 if any("categories" in column for column in data.columns) or n < 20 else 10
+        numbers = ctgan and not any("categories" in column for column in data.columns)
+        args.pac = 10 if numbers and n >= 20 and (args.batch_size or 0) % (10 * WORLD) == 0 else 1
     packs = args.pac * WORLD
     suiting = {"batch_size": max(packs, min(500, n) // packs * packs)}
     suiting |= {"dim": 256 if ctgan else 128, "lr": 2e-4 if ctgan else 1e-3}
@@ -150,7 +151,7 @@ def suit(args, data):
         fitting = max(1, args.batch_size // packs) * packs
         raise UsageError(f"--batch-size {args.batch_size}: not in packs of {packs}; take {fitting}")
     if args.epochs is None:
-        args.epochs = max(300, math.ceil(3000 * args.batch_size / n))
+        args.epochs = max(300, math.ceil(3000 / (n // args.batch_size)))
 
 
 # ------------------------------------------------------------------ rows (section 4.2)
@@ -195,6 +196,7 @@ def encode_numbers(x, rng):
     mode[known] = (cdf <= rng.random((len(cdf), 1)) * cdf[:, -1:]).sum(axis=1)
     alpha = np.zeros(len(x))
     alpha[known] = (x[known] - means[mode[known]]) / scales[mode[known]]
+    scales[scales <= 4e-12 * np.abs(values).max()] = 0  # of one number, which returns exactly
     counts = np.bincount(mode, minlength=len(means)).tolist()
     modes = {"means": means.tolist(), "scales": scales.tolist(), "counts": counts}
     return modes | {"low": float(values[0]), "high": float(values[-1])}, mode, alpha
@@ -591,14 +593,16 @@ def sample(model, n, given=None, seed=0):
     each row is to have, of discrete columns, or from low to high of continuous ones. Raises
     UsageError for columns or values that the data have not, or that are hardly ever met together.
     """
+    if n < 0:
+        raise UsageError(f"sample: {n} rows")
     return sample_given(model, n, given or {}, seed)[0]
 
 
 def sample_given(model, n, given, seed=0):
-    """A table as sample gives it, and the share of the rows drawn that had what was given.
+    """A table as sample gives it, and the share of the raked rows that had what was given.
 
     CTGAN asks for the rarest of the given values by its condition, and what has not all of them is
-    drawn again; TVAE only draws again. Rows are raked first: see rake.
+    drawn again; TVAE only draws again.
     """
     wanted, tests = given_values(model, given)
     value = min(wanted, key=lambda value: model.count[value].item(), default=None)
@@ -671,22 +675,21 @@ def draw_rows(model, n, value=None, rng=None):
 def given_values(model, given):
     """Of what is asked for: the numbers of discrete values, and a test of each column's values."""
     columns, wanted, tests = {c["name"]: c for c in model.columns}, [], {}
-    for name, value in given.items():
+    for name, value in ((str(name), value) for name, value in given.items()):
         if name not in columns:
             known = ", ".join(sorted(columns, key=lambda name: columns[name]["place"]))
             raise UsageError(f"{name!r}: the table has the columns {known}")
         column = columns[name]
         if "categories" in column:
-            values = np.array(column["categories"], column["dtype"])
+            values, text = np.array(column["categories"], column["dtype"]), str(value).strip()
+            found = [i for i, known in enumerate(column["categories"]) if known == value]
             for texts in (format_column(values, column), column["categories"]):
-                texts = [str(text).strip() for text in texts]  # in the file; in Python
-                if str(value).strip() in texts:
-                    break
-            else:
+                texts = [str(known).strip() for known in texts]  # in the file; in Python
+                found = found or [i for i, known in enumerate(texts) if known == text]
+            if not found:
                 raise UsageError(f"{name} has no value {value!r}, but {', '.join(texts[:20])}")
-            at = texts.index(str(value).strip())
-            before = model.columns[: model.columns.index(column)]
-            wanted.append(sum(len(c["categories"]) for c in before) + at)
+            at = found[0]
+            wanted.append(model.offsets[model.columns.index(column)].item() + at)
             tests[name] = functools.partial(is_value, values[at])
         else:
             tests[name] = functools.partial(in_range, *number_range(value, column))
@@ -701,7 +704,7 @@ def own_rng(tensor, seed):
 def number_range(value, column):
     """Lowest and highest number or time that (low, high), "low..high" or one value stands for."""
     ends = value.split("..") if isinstance(value, str) else value
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
+    ends = [*ends] if isinstance(ends, (list, tuple, range, np.ndarray)) else [ends]
     try:
         low, high = (as_number(ends[i], column) for i in (0, -1))
     except (IndexError, TypeError, ValueError) as error:
@@ -715,6 +718,8 @@ def number_range(value, column):
 
 def as_number(value, column):
     """A number or a time that was given, which may stand as in the file."""
+    if column["dtype"][1] == "f":  # as precise as the column
+        return np.array(value, np.float64).astype(column["dtype"])
     if column["dtype"][1] != "M":
         return np.float64(value)
     if "time" in column and isinstance(value, str):
@@ -731,35 +736,42 @@ def in_range(low, high, values):
     return (values >= low) & (values <= high)
 
 
+OF_RUNS = {"data", "dataset", "data_dir", "header", "target", "test_rows", "rows", "given"}
+OF_RUNS |= {"max_steps", "log_every", "out", "resume", "generate"}  # flags that mean nothing to fit
+
+
 def fit(table, model="ctgan", discrete=(), continuous=(), **settings):
     """A model trained on a table, for sample().
 
     table is a dictionary of NumPy arrays or a pandas data frame. Columns of text, bools and up to
-    ten different numbers are discrete, but for those named in `discrete` and `continuous`; other
-    settings are the flags of the script: epochs=100, seed=1, batch_size=200. Raises UsageError for
-    a table or a setting that does not fit.
+    ten different numbers, none missing, are discrete, but for those named in `discrete` and
+    `continuous`; columns of objects are read as those of a CSV file. Other settings are flags of
+    the script: epochs=100, seed=1, batch_size=200. Raises UsageError for a table or a setting that
+    does not fit, and where training diverges.
     """
-    named = {"model": model, "discrete": [*discrete], "continuous": [*continuous]}
-    args = settings_of(named | settings)
+    named = {"model": model, "discrete": [*map(str, discrete)]}
+    args = settings_of(named | {"continuous": [*map(str, continuous)]} | settings)
     device = choose_device(args.device)
-    data = table_data("table", *as_table(table), args, device)
+    data = table_data("table", *as_table(table), args, device, test={})
     with torch.random.fork_rng():
         suit(args, data)
         torch.manual_seed(args.seed)
         trained = Model(args, data)
-        steps = max(1, len(data.train) // args.batch_size)
         update, n = stepper(args, trained, device), len(data.train)
         for _ in tqdm(range(args.epochs), desc=model, unit="epoch"):
-            for index in torch.randperm(n, device=device).split(args.batch_size)[:steps]:
+            order = torch.randperm(n, device=device)[: n - n % args.batch_size]
+            for index in order.split(args.batch_size):
                 update(*trained.batch(data, index))
+    if not all(weights.isfinite().all() for weights in trained.parameters()):
+        raise UsageError(f"the weights are not finite after training: take an lr below {args.lr}")
     return trained.eval()
 
 
 def settings_of(settings):
     """The flags of these names, checked as on a command line. Raises UsageError."""
     parser, kept = arguments(), {k: v for k, v in settings.items() if v is not None}
-    if unknown := kept.keys() - vars(parser.parse_args([])).keys():
-        raise UsageError(f"no such setting: {', '.join(unknown)}")
+    if unknown := kept.keys() - vars(parser.parse_args([])).keys() | kept.keys() & OF_RUNS:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
 
     def refuse(message):
         raise UsageError(message)
@@ -771,7 +783,7 @@ def settings_of(settings):
 
 
 def load_model(path, device="cpu"):
-    """The trained model of a checkpoint, for sample()."""
+    """The trained model of a checkpoint, for sample(). Raises UsageError for another file."""
     state = load_checkpoint(path)
     args = argparse.Namespace(**state["config"] | {"kernels": "reference"})  # none are needed
     rows = torch.empty(0, state["data"]["shape"][1], device=device)
@@ -789,6 +801,8 @@ def generate(args):
     model = load_model(args.generate, choose_device(args.device))
     table, share = sample_given(model, args.rows, given, args.seed)
     path = Path(args.out or "synthetic.csv")
+    if not path.name:
+        raise UsageError(f"--out {path}: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, table, model.columns)
     print(f"{SCRIPT}: {path}, {args.rows:,} rows")
@@ -809,8 +823,8 @@ TIMES = dict.fromkeys(("%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y"), "D")  # 
 TIMES |= {"%Y-%m-%d %H:%M": "m", "%Y-%m-%d %H:%M:%S": "s", "%Y-%m-%dT%H:%M:%S": "s"}
 
 
-def read_csv(path, header=()):
-    """The table of a CSV file, and the formats of its columns. Raises UsageError."""
+def read_csv(path, header=(), drop=()):
+    """The table of a CSV file, None in place of columns to drop, and formats. Raises UsageError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
@@ -829,11 +843,13 @@ def read_csv(path, header=()):
     odd = [name for name in names if names.count(name) > 1]
     if odd or (not header and any(NUMBER.fullmatch(name) for name in names)):
         name = (odd or [name for name in names if NUMBER.fullmatch(name)])[0]
-        raise UsageError(f"{path}: the first line is no header ({name!r}); give --header NAME ...")
+        advice = "rename that, or, if it holds values, give --header NAME ..."
+        raise UsageError(f"{path}: the first line is no header ({name!r}); {advice}")
     for number, line in enumerate(lines, start=1 if header else 2):
         if len(line) != len(names):
             raise UsageError(f"{path}, row {number}: {len(line)} values for {len(names)} columns")
-    parsed = {name: parse(texts) for name, texts in zip(names, zip(*lines))}
+    pairs = zip(names, zip(*lines))
+    parsed = {name: (None, None) if name in drop else parse(texts) for name, texts in pairs}
     return tuple({name: pair[i] for name, pair in parsed.items()} for i in range(2))
 
 
@@ -872,11 +888,16 @@ def as_table(table):
     for name, values in arrays.items():
         forms[name] = {"decimals": 0}
         if values.dtype == object:  # text, or numbers with None among them
-            arrays[name], forms[name] = parse([str(value) for value in values])
+            gaps = [not isinstance(v, str) and str(v).lower() in MISSING for v in values]
+            texts = ["" if gap else str(value) for gap, value in zip(gaps, values)]
+            arrays[name], forms[name] = parse(texts)
         elif values.dtype.kind == "f":
-            different = np.unique(values)
-            few = different[:: max(1, len(different) // 1000)]
-            forms[name] = parse([str(x) for x in few])[1]
+            different = np.unique(values[~np.isnan(values)])
+            for some in (different[:: max(1, len(different) // 1000)], different):
+                forms[name] = parse([str(x) for x in some])[1]
+                decimals = forms[name]["decimals"]
+                if decimals is None or (different.round(decimals) == different).all():
+                    break  # a thousand have told
     return arrays, forms
 
 
@@ -900,7 +921,8 @@ def format_column(values, column):
         if "time" not in column:  # of an array
             return (missing if text == "NaT" else text for text in values.astype(str).tolist())
         times = values.astype("datetime64[s]").tolist()
-        return (missing if t is None else t.strftime(column["time"]) for t in times)
+        form = column["time"].replace  # years before 1000 would have fewer than four digits
+        return (missing if t is None else t.strftime(form("%Y", f"{t.year:04}")) for t in times)
     form = f".{column['shown']}f" if "shown" in column else ""
     return (missing if math.isnan(x) else format(x, form) for x in values.tolist())
 
@@ -917,7 +939,7 @@ SCHOOLS = (
     "Some-college Bachelors Masters Doctorate"
 )  # in the order that the authors' classifiers are given, as a number
 LIMIT = 20_000  # categories of all columns, which are the width of the networks, as are the modes:
-NUMBER_SIZE = 6  # a column of numbers has up to eleven outputs, but is no condition
+NUMBER_SIZE = 6  # a column of numbers has some ten outputs, but is no condition
 # columns: as encode gives them; train: the rows (n, spans + alphas), float32, on the
 # device; table and test: the same rows and the held-out ones as they were; truth: what is known of
 # a simulated set: centres of its modes or a Bayesian network, or None
@@ -931,7 +953,7 @@ def load_data(args, device):
         args.data = os.path.abspath(os.path.expanduser(args.data or args.dataset))
         name = Path(args.data).stem
         if not args.data.endswith(".bif"):
-            return table_data(name, *read_csv(args.data, args.header), args, device)
+            return table_data(name, *read_csv(args.data, args.header, args.drop), args, device)
         try:
             network = read_network(Path(args.data).read_text())
         except ValueError as error:
@@ -987,9 +1009,9 @@ def table_data(name, table, forms, args, device, test=None, truth=None):
         if table[column].dtype.kind not in "iufM":
             texts = [str(value) for value in table[column]]
             odd = (v for v in texts if not NUMBER.fullmatch(v) and v.lower() not in MISSING)
-            raise UsageError(f"--continuous {column}: {next(odd, '')!r} is no number")
-        if np.isinf(as_float(table[column])).any():
-            raise UsageError(f"{column} holds infinity: --drop it")
+            raise UsageError(f"--continuous {column}: {next(odd, texts[0])!r} is text, no number")
+        if (np.abs(as_float(table[column])) > 1e150).any():
+            raise UsageError(f"{column} holds infinity, or more than 1e150: --drop it")
     sizes = {c: len(np.unique(values)) for c, values in table.items() if c in discrete}
     if sum(sizes.values()) + NUMBER_SIZE * len(table.keys() - discrete) > LIMIT:
         widest = sorted(sizes, key=sizes.get, reverse=True)[:3]
@@ -1237,7 +1259,7 @@ def finish(model, data, folder, rows):
     save_curves(folder / "curves.png", rows)
     found = quality(test, synthetic, discrete) | rare_values(table, synthetic, discrete)
     found |= privacy(table, test, synthetic, discrete)
-    if len(next(iter(test.values()))) >= 3:  # its folds
+    if min(len(data.train), len(next(iter(test.values())))) >= 3:  # its folds
         found["detection_auc"] = detection_auc(test, synthetic, discrete, model.args.seed)
     found |= obeyed(model)
     if isinstance(data.truth, dict):
@@ -1606,6 +1628,8 @@ def efficacy(train, synthetic, test, target, discrete, ordinal=None, seed=0):
         }
     else:
         tables = [{n: c[~np.isnan(t[target])] for n, c in t.items()} for t in tables]
+        if not all(len(table[target]) for table in tables):
+            return {}
         y = [number_feature(table[target], tables[0][target]) for table in tables]
         kind = "r2"
         models = {

@@ -63,8 +63,7 @@ class This:
 
     def fit(self, model, epochs):
         numbers = self.table.keys() - self.discrete
-        # fit holds rows out, here the least there can be: the other is given all
-        settings = {"epochs": epochs, "batch_size": BATCH, "test_rows": 1, "pac": 10}
+        settings = {"epochs": epochs, "batch_size": BATCH, "pac": 10}
         self.model = self.module.fit(self.table, model, self.discrete, numbers, **settings)
 
     def sample(self, n):

@@ -220,6 +220,33 @@ def test_missing_numbers_do_not_make_decimals_of_integers():
     assert (np.mod(made[~np.isnan(made)], 1) == 0).all()
 
 
+@pytest.mark.parametrize(
+    "x, decimals",
+    [
+        (np.arange(10_000) / 100, 2),  # of a thousand of them, evenly, none has a second decimal
+        (np.arange(2000) / 2, 1),
+        (np.arange(5000.0), 0),
+        (np.random.default_rng(0).normal(size=3000), None),
+    ],
+)
+def test_decimals_of_an_array_are_those_of_all_its_values(x, decimals):
+    assert ctgan.as_table({"x": x})[1]["x"]["decimals"] == decimals
+    data = data_of({"x": x})
+    (back,) = ctgan.decode(data.train, data.columns).values()
+    assert np.allclose(back, x, atol=1e-4)
+
+
+def test_columns_of_objects_are_read_as_a_file_s():
+    """#150: None and nan became the words None and nan."""
+    table, forms = ctgan.as_table({
+        "text": np.array(["a", None, math.nan, "none"], dtype=object),
+        "number": np.array([1, None, 2.5, math.nan], dtype=object),
+    })  # fmt: skip
+    assert table["text"].tolist() == ["a", "", "", "none"]
+    assert np.array_equal(table["number"], [1, np.nan, 2.5, np.nan], equal_nan=True)
+    assert forms["number"]["decimals"] == 1
+
+
 def test_generated_numbers_stay_in_their_range_and_keep_their_decimals():
     """#94, #40, #162: a generator whose places are at the ends of the modes."""
     columns = {"x": np.random.default_rng(0).lognormal(0, 2, 500).round(2)}
@@ -306,12 +333,14 @@ def test_modes_do_not_depend_on_the_unit(scale, shift):
 
 def test_frequent_number_is_a_mode_of_its_own():
     """#138: whatever alpha is, so that the values of which there are few return exactly."""
-    x = np.repeat([0.0, 7.5, 100], [600, 300, 100])
-    data = data_of({"x": x}, "--continuous", "x")
-    moved = data.train.clone()
-    moved[:, 1] = torch.linspace(-1, 1, len(moved))
-    (back,) = ctgan.decode(moved, data.columns).values()
-    assert (back == x).all()
+    x = np.repeat([0.0, 7.5, math.pi, 100], [600, 200, 100, 100])
+    others = np.random.default_rng(0).lognormal(size=500)  # with all the digits that a float has
+    for more in (others[:0], others):
+        data = data_of({"x": np.concatenate([x, more])}, "--continuous", "x")
+        moved = data.train.clone()
+        moved[:, 1] = torch.linspace(-1, 1, len(moved))
+        (back,) = ctgan.decode(moved, data.columns).values()
+        assert (back[: len(x)] == x).all() and len(np.unique(back)) == 4 + len(more)
 
 
 def test_mode_is_drawn_from_its_posterior():
@@ -762,6 +791,35 @@ def test_every_condition_is_obeyed(trained):
             assert kept >= 0.95 and (made[name] == value).all()
 
 
+@pytest.mark.parametrize(
+    "dtype, given",
+    [
+        ("int64", np.array([30, 40])),
+        ("int64", range(30, 41)),
+        ("float32", 0.1),
+        ("float64", 0.1),
+    ],
+)
+def test_given_from_arrays_ranges_and_floats_of_any_precision(dtype, given):
+    x = np.arange(20, 60).repeat(5) if dtype == "int64" else np.tile([0.1, 0.2, 0.3], 50)
+    model, _ = model_of({"x": x.astype(dtype)}, "--continuous", "x")
+    made = ctgan.sample(model, 5, {"x": given})["x"]
+    ends = (30, 40) if dtype == "int64" else np.array([0.1, 0.1]).astype(dtype)
+    assert ((made >= ends[0]) & (made <= ends[1])).all()
+
+
+def test_given_by_a_number_of_another_kind_and_columns_named_by_numbers():
+    table = {0: np.tile([1.0, 2.0], 50), 1: np.tile(["a", "b"], 50)}
+    model = fit(table, discrete=[1])
+    made = ctgan.sample(model, 5, {0: 2, 1: "b"})
+    assert (made["0"] == 2).all() and (made["1"] == "b").all()
+
+
+def test_fewer_rows_than_none(trained):
+    with pytest.raises(ctgan.UsageError, match="-5 rows"):
+        ctgan.sample(trained, -5)
+
+
 def test_each_category_keeps_its_share(trained):
     """#16: by the logarithm the rarest of four would be 15 %, and the rarer of two 37 %."""
     made, data = ctgan.sample(trained, 10_000), easy()
@@ -984,7 +1042,7 @@ def test_batches_of_any_size(settings, capsys):
     [
         {"batch_size": 0},
         {"batch_size": 1},
-        {"batch_size": 90},  # there are 80 rows
+        {"batch_size": 110},  # there are 100 rows
         {"batch_size": "many"},
         {"epochs": 0},
         {"epochs": -1},
@@ -996,6 +1054,9 @@ def test_batches_of_any_size(settings, capsys):
         {"model": "gan"},
         {"precision": "fp8"},
         {"epoch": 3},
+        {"max_steps": 3},  # of a run, as are the next
+        {"test_rows": 20},
+        {"out": "run"},
         {"drop": ["nothing"]},
         {"discrete": ["nothing"]},
         {"continuous": ["nothing"]},
@@ -1007,6 +1068,40 @@ def test_settings_that_do_not_fit(settings):
     with pytest.raises(ctgan.UsageError) as error:
         fit(easy(100), **settings)
     assert next(iter(settings)).replace("_", "-") in str(error.value).replace("_", "-")
+
+
+def test_fit_learns_from_every_row():
+    """A run holds rows out; here a value of five rows was lost with them."""
+    columns = {"c": np.where(np.isin(np.arange(100), [9, 12, 21, 25, 36]), "b", "a")}
+    model = fit(columns, epochs=1)
+    assert model.count.tolist() == [95, 5]
+    assert (ctgan.sample(model, 3, {"c": "b"})["c"] == "b").all()
+
+
+def test_fit_that_diverges_ends_in_an_error():
+    with pytest.raises(ctgan.UsageError, match="not finite after training: take an lr below"):
+        fit(easy(100), "tvae", lr=1e9, epochs=20)
+
+
+@pytest.mark.parametrize("n, updates", [(3, 3000), (750, 3000), (1499, 3000), (4999, 3000)])
+def test_small_tables_have_as_many_updates_as_promised(n, updates):
+    args, data = parsed(), data_of({"a": np.arange(n) % 2 == 0}, "--test-rows", 1)
+    data = data._replace(train=data.train[:1].expand(n, -1))
+    ctgan.suit(args, data)
+    steps = n // args.batch_size
+    assert updates <= args.epochs * steps < updates + steps or args.epochs == 300
+
+
+def test_packs_by_default_are_of_numbers_alone_where_ctgan_s_batch_has_tens():
+    numbers = {"x": np.random.default_rng(0).normal(size=200)}
+    for flags, pac in (
+        ([], 10),
+        (["--batch-size", 64], 1),
+        (["--batch-size", 60], 10),
+        (["--model", "tvae", "--batch-size", 64], 1),
+    ):
+        assert model_of(numbers, *flags)[0].args.pac == pac
+    assert model_of(numbers | {"c": np.arange(200) % 3})[0].args.pac == 1
 
 
 @pytest.mark.parametrize(
@@ -1147,6 +1242,37 @@ def test_other_encodings_folders_and_files_that_are_not_there(capsys):
     Path("net.bif").write_text("a,b\n1,2")
     assert "net.bif" in refused(capsys, "--dataset", "net.bif")
     refused(capsys, "--dataset", "nowhere.bif")
+
+
+def test_header_of_numbers_is_not_taken_for_values(capsys):
+    write("in.csv", {"country": ["A", "B", "C"], "2019": ["1", "2", "3"]})
+    assert "'2019'); rename that" in refused(capsys, "--data", "in.csv")
+
+
+def test_long_texts_of_a_column_to_drop_take_no_memory():
+    texts = {"size": ["1", "2", "3", "4"], "note": ["x" * 10**5, "", "", ""]}
+    table, _ = ctgan.read_csv(write("in.csv", texts), drop=["note"])
+    assert table["note"] is None and table["size"].tolist() == [1, 2, 3, 4]
+    assert [*load("in.csv", "--drop", "note").table] == ["size"]
+
+
+def test_early_dates_come_back_as_they_were():
+    days = ["0001-01-01", "0987-03-04", "2020-12-31", "1999-01-02"]
+    data = whole(*ctgan.read_csv(write("in.csv", {"day": days})))
+    ctgan.write_csv("out.csv", ctgan.decode(data.train, data.columns), data.columns)
+    assert read("out.csv")["day"] == read("in.csv")["day"]
+
+
+def test_few_rows_to_train_on_end_without_what_needs_more(capsys):
+    """A detector needs three of either kind, and a model of the target rows that have it."""
+    write("in.csv", {"a": ["1.5", "2.5", "", ""] * 5, "b": [*"pqrst"] * 4})
+    run = ["--data", "in.csv", "--dim", 8, "--noise", 4, "--epochs", 1, "--max-steps", 1]
+    for n, flags in enumerate((["--test-rows", 18], ["--target", "a", "--test-rows", 1])):
+        ctgan.main([str(flag) for flag in (*run, *flags, "--out", n)])
+        found = json.loads(Path(str(n), "summary.json").read_text())
+        assert "detection_auc" not in found and found["step"] == 1
+    table = {"y": np.array([1.0, 2.0, 3.0]), "x": np.arange(3.0)}
+    assert ctgan.efficacy(table, table, table | {"y": np.full(3, np.nan)}, "y", set()) == {}
 
 
 def test_names_for_a_file_without_a_header(capsys):
