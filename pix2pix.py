@@ -46,6 +46,7 @@ Nothing here has a fused kernel: --kernels changes nothing.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -54,7 +55,9 @@ import math
 import os
 import socket
 import sys
+import tarfile
 import time
+import zlib
 from collections import namedtuple
 from datetime import datetime
 from pathlib import Path
@@ -369,9 +372,11 @@ def translate(generator, images, seed=0, noise=True, batch=8):
 
 
 def batches(pictures, n=8):
-    """Up to n neighbours of one shape at a time, stacked."""
-    for _, equal in itertools.groupby(pictures, lambda picture: picture.shape):
-        yield from torch.stack([*equal]).split(n)
+    """Up to n neighbours of one shape at a time, stacked; of large ones fewer, to save memory."""
+    for shape, group in itertools.groupby(pictures, lambda picture: picture.shape):
+        equal, k = [*group], max(1, min(n, 2**22 // max(1, shape.numel())))
+        for i in range(0, len(equal), k):
+            yield torch.stack(equal[i : i + k])
 
 
 def load_generator(path, device="cpu"):
@@ -395,11 +400,15 @@ def generate(args):
         targets = {p: out / p.relative_to(source).with_suffix(".png") for p in pictures_in(source)}
     elif out.suffix and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise UsageError(f"--out {out}: no picture is written as {out.suffix}; .png or .jpg is")
+    elif out.is_dir():
+        targets = {source: out / f"{source.stem}.png"}
     else:
         targets = {source: out if out.suffix else Path(f"{out}.png")}
-    same = any(target.exists() and target.samefile(path) for path, target in targets.items())
-    if same or len({*targets.values()}) < len(targets):
+    read = {path.resolve() for path in targets}
+    if any(target.resolve() in read for target in targets.values()):
         raise UsageError(f"--out {out}: a picture would be overwritten; choose another folder")
+    if len({*targets.values()}) < len(targets):
+        raise UsageError(f"--input {source}: names that differ in their suffix only; rename one")
     channels = 3 if generator.colour else generator.encoder[0][0].in_channels
     paths, size = [*targets], args.batch_size or 8
     for some in (paths[i : i + size] for i in range(0, len(paths), size)):
@@ -431,8 +440,13 @@ def shown(generator, pairs, about, seed=0):
 # ------------------------------------------------------------------ evaluation
 def evaluate(model, data):
     """The measures of the docstring on up to 32 held-out pairs."""
-    _, outputs, truths = shown(model.generator, data.test[:32], data.about)
+    _, outputs, truths = shown(model.generator, measured(data.test)[:32], data.about)
     return measures(outputs, truths, data.about)
+
+
+def measured(pairs):
+    """The first pairs, as many as fit into memory: half a gigabyte as float32, but two at least."""
+    return pairs[: max(2, 2**27 // max(pair.numel() for pair in pairs))]
 
 
 def measures(outputs, truths, about):
@@ -440,8 +454,8 @@ def measures(outputs, truths, about):
     found = compare(outputs, truths)
     if about["labels"] == "output":
         palette = torch.tensor(about["palette"], device=truths[0].device)
-        labels = [[nearest(image, palette) for image in images] for images in (outputs, truths)]
-        found |= accuracies(sum(confusion(*both, len(palette)) for both in zip(*labels)))
+        labels = ((nearest(y, palette), nearest(t, palette)) for y, t in zip(outputs, truths))
+        found |= accuracies(sum(confusion(y, t, len(palette)) for y, t in labels))
     return found
 
 
@@ -507,6 +521,7 @@ def trained_segmenter(data, args, path, updates=3000):
     keeps it for the next run.
     """
     about, device = data.about, data.train.device
+    args = argparse.Namespace(**vars(args) | {"no_jitter": False, "no_mirror": False})
     palette = torch.tensor(about["palette"], device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # leaves the run's alone
         torch.manual_seed(0)
@@ -527,7 +542,8 @@ def trained_segmenter(data, args, path, updates=3000):
             optimizer.step()
             schedule.step()
     torch.save(segmenter.state_dict(), buffer := io.BytesIO())
-    write_file(path, buffer.getbuffer())
+    with contextlib.suppress(OSError):  # the next run trains its own
+        write_file(path, buffer.getbuffer())
     return segmenter
 
 
@@ -545,12 +561,12 @@ def segmentation(segmenter, inputs, pictures, about):
 # ------------------------------------------------------------------ figures
 def finish(model, data, folder, rows):
     """The pictures of a finished run, and what its summary.json has beside the last row."""
-    G, about = model.generator, data.about
+    G, about, test = model.generator, data.about, measured(data.test)
     save_curves(folder / "curves.png", rows)
-    inputs, outputs, truths = shown(G, data.test, about)
+    inputs, outputs, truths = shown(G, test, about)
     save_rows(folder / "examples.png", inputs[:12], outputs[:12], truths[:12])
-    figures = {"pairs": len(data.test)} | measures(outputs, truths, about)
-    _, again, _ = shown(G, data.test[:32], about, seed=1)
+    figures = {"pairs": len(test)} | measures(outputs, truths, about)
+    _, again, _ = shown(G, test[:32], about, seed=1)
     changes = torch.stack([(a - b).square().mean() for a, b in zip(again, outputs)]).mean().sqrt()
     figures["noise"] = changes.item()
     if about["labels"] == "input":
@@ -559,7 +575,7 @@ def finish(model, data, folder, rows):
         figures |= segmentation(segmenter, inputs, outputs, about)
         truth = segmentation(segmenter, inputs, truths, about)
         figures |= {f"{name}_of_truth": value for name, value in truth.items()}
-    if data.name == "drawn":
+    if data.name == "drawn" and about["labels"] == "input":
         figures |= drawn_figures(inputs, outputs)
     return figures
 
@@ -677,7 +693,9 @@ def load_data(args, device):
     if name not in SETS:
         raise UsageError(f"--dataset {name}: it is one of {', '.join(SETS)}")
     if (args.task == "colour" and name != "folder") or (name == "folder" and not args.data_dir):
-        raise UsageError(f"--dataset {name} --task {args.task}: --data-dir FOLDER is missing")
+        raise UsageError(f"--dataset {name} --task {args.task}: give --data-dir FOLDER alone")
+    if colour and args.direction == "BtoA":
+        raise UsageError("--direction BtoA: grey to colour has no other direction")
     if name in ("facades", "folder"):
         args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir or "data"))
     channels, palette, labels = (3, 3), (), ""
@@ -708,13 +726,15 @@ def load_data(args, device):
 def facades(folder):
     """Where the authors' facades are, 400, 100 and 106 pairs, downloaded if they are not there."""
     root = Path(folder, "facades")
-    try:
-        if not root.exists():
+    if not root.exists():
+        try:
             socket.setdefaulttimeout(5)  # a network that never answers is no network
             download_and_extract_archive(FACADES, folder)
-    except (OSError, RuntimeError) as error:
-        reason = f"facades can not be downloaded to --data-dir {folder}"
-        raise UsageError(f"{reason}: {error}") from error
+        except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
+            reason = f"facades can not be downloaded to --data-dir {folder}"
+            raise UsageError(f"{reason}: {error}") from error
+        finally:  # unpacked, or a part of it
+            Path(folder, "facades.tar.gz").unlink(missing_ok=True)
     counts = [len(pictures_in(root / part)) for part in ("train", "val", "test")]
     if counts != [400, 100, 106]:
         raise UsageError(f"{root} has {counts} pictures, not 400, 100 and 106; delete it")
@@ -727,8 +747,12 @@ def read_folder(folder, read):
     The parts are train/ and val/ or test/; where these are not, every fifth pair is held out.
     """
     folder = Path(folder)
+    for other in ("trainA", "A/train"):
+        if (folder / other).is_dir():
+            raise UsageError(f"{folder}: its {other}/ is to be train/A/, and the others as this")
     tests = [folder / name for name in ("val", "test") if (folder / name).is_dir()]
-    parts = [folder / "train", tests[0]] if tests and (folder / "train").is_dir() else [folder]
+    train = folder / "train"
+    parts = [train, *tests[:1]] if train.is_dir() else [folder]
     pairs = [read(part) for part in parts]
     if len(pairs) == 1:
         held = range(1, len(pairs[0]), 5)
@@ -756,7 +780,10 @@ def read_pairs(folder):
         return [halves(path) for path in progress(pictures_in(folder))]
     sides, pairs = [], []
     for side in (folder / "A", folder / "B"):
-        sides.append({p.relative_to(side).with_suffix(""): p for p in pictures_in(side)})
+        paths = pictures_in(side)
+        sides.append({path.relative_to(side).with_suffix(""): path for path in paths})
+        if len(sides[-1]) < len(paths):
+            raise UsageError(f"{side}: names that differ in their suffix only; rename one")
     if alone := sorted(sides[0].keys() ^ sides[1].keys()):
         more = f", nor are {len(alone) - 1} more" if len(alone) > 1 else ""
         raise UsageError(f"{folder}: {alone[0]} is not in both A/ and B/{more}")
@@ -803,7 +830,8 @@ def read_picture(path):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.int64)
-            if levels.min() < 0 or levels.max() > 65_535:
+            least = 256 if image.mode == "I" else 0  # 8 bits in 32 would become black
+            if levels.min() < 0 or not least <= levels.max() <= 65_535:
                 raise ValueError("32-bit values; save it with 8 or 16 bits")
             image = Image.fromarray((levels >> 8).astype(np.uint8))
         elif image.mode == "F":
@@ -826,7 +854,11 @@ def with_channels(image, n):
 
 def save_picture(image, path):
     """Writes a picture (1 or 3, height, width) in [0, 1] as what the name says, grey as grey."""
-    to_image(image).save(buffer := io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    kind, buffer = Image.registered_extensions()[path.suffix.lower()], io.BytesIO()
+    try:
+        to_image(image).save(buffer, kind)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; .png is a format for all pictures") from error
     write_file(path, buffer.getbuffer())
 
 

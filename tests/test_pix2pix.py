@@ -1,6 +1,9 @@
 """pix2pix.py: networks, sizes and channels, the measures, drawn facades, other people's pairs."""
 
+import copy
+import gzip
 import json
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +163,7 @@ def test_losses(loss):
     x, y = model.batch(data, torch.arange(4))
     d_before = [p.clone() for p in model.discriminator.parameters()]
     g_before = [p.clone() for p in model.generator.parameters()]
+    before = copy.deepcopy(model.generator)
     torch.manual_seed(1)
     fake = model.generator(x, model.generator.draw(x)).detach()
     real_d, fake_d = (torch.sigmoid(model.discriminator(x, z)) for z in (y, fake))
@@ -175,12 +179,17 @@ def test_losses(loss):
         assert torch.allclose(losses["loss_d"], loss_d, rtol=1e-5)
         after = torch.sigmoid(model.discriminator(x, fake)).log().mean()  # D has had its step
         assert torch.allclose(losses["loss_g"], -after, rtol=1e-4)
-    # G's gradient has the L1 term exactly where the loss names it
+    # G's gradient has the L1 term exactly where the loss names it, and D's as it is after its step
     torch.manual_seed(1)
-    fake = model.generator(x, model.generator.draw(x))
+    fake = before(x, before.draw(x))
     wanted = 10 * (y - fake).abs().mean() if "l1" in loss else 0
+    if "gan" in loss:
+        wanted = wanted - torch.sigmoid(model.discriminator(x, fake)).log().mean()
+    for p, g in zip(
+        model.generator.parameters(), torch.autograd.grad(wanted, [*before.parameters()])
+    ):
+        assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-6)
     assert model.discriminator.sees_input == ("cgan" in loss)
-    assert wanted == 0 or wanted.requires_grad
 
 
 def test_crops_are_the_pictures_enlarged_cut_and_mirrored():
@@ -367,6 +376,20 @@ def test_parts_of_a_data_set_and_facades():
     assert len(data.pairs) == 4 and len(data.test) == 2 and data.about["labels"] == ""
 
 
+def test_pairs_in_train_alone_and_other_forms(capsys):
+    for i in range(5):
+        for side in "AB":
+            save(f"pairs/train/{side}/{i}.png", noise_of(16, 32, 3))
+            save(f"others/train{side}/{i}.png", noise_of(16, 32, 3))
+            save(f"inside/{side}/train/{i}.png", noise_of(16, 32, 3))
+    data = load("--data-dir", "pairs")
+    assert len(data.pairs) == 4 and len(data.test) == 1 and data.train.tolist() == [[16, 32]] * 4
+    assert "its trainA/ is to be train/A/" in error(capsys, "--data-dir", "others")
+    assert "its A/train/ is to be train/A/" in error(capsys, "--data-dir", "inside")
+    save("pairs/train/A/4.bmp", noise_of(16, 32, 3))
+    assert "differ in their suffix only" in error(capsys, "--data-dir", "pairs")
+
+
 def test_facades_that_are_there(monkeypatch, capsys):
     monkeypatch.setattr(pix2pix, "download_and_extract_archive", None)
     for part, n in (("train", 400), ("val", 100), ("test", 106)):
@@ -389,6 +412,21 @@ def test_facades_that_can_not_be_had(capsys):
     assert "can not be downloaded to --data-dir" in said and not Path("run").exists()
 
 
+def test_facades_whose_download_was_cut_short(monkeypatch, capsys):
+    """The archive that is left would never be downloaded again."""
+
+    def cut(url, folder):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "facades.tar.gz").write_bytes(gzip.compress(bytes(2000))[:-20])
+        with tarfile.open(Path(folder, "facades.tar.gz")) as archive:
+            archive.extractall(folder, filter="data")
+
+    monkeypatch.setattr(pix2pix, "download_and_extract_archive", cut)
+    for _ in range(2):
+        assert "can not be downloaded" in error_of(pix2pix, capsys, *QUICK, "--dataset", "facades")
+        assert not Path("data/facades.tar.gz").exists()
+
+
 def test_grey_pairs_stay_grey():
     for i in range(3):
         save(f"pairs/A/{i}.png", noise_of(20, 30, seed=i))
@@ -408,6 +446,9 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white():
     save("clear.png", np.array([[[9, 8, 7, 255], [0, 0, 0, 0]]], dtype=np.uint8))
     assert pix2pix.read_picture("clear.png")[:, 0].T.tolist() == [[9, 8, 7], [255, 255, 255]]
     save("float.tiff", np.ones((2, 2), dtype=np.float32))
+    save("long.tiff", np.full((2, 2), 200, dtype=np.int32))  # and would become black
+    with pytest.raises(pix2pix.UsageError, match="32-bit values"):
+        pix2pix.read_picture("long.tiff")
     with pytest.raises(pix2pix.UsageError, match="floating-point"):
         pix2pix.read_picture("float.tiff")
     Path("broken.png").write_bytes(b"no picture")
@@ -457,8 +498,9 @@ def test_other_mistakes(capsys):
     assert "--translate" in say("--input", "data")
     assert "--translate" in say("--no-noise")
     assert "one of photographs, facades, drawn, folder" in say("--dataset", "maps")
-    assert "--data-dir FOLDER is missing" in error(capsys, "--task", "colour")
-    assert "--data-dir FOLDER is missing" in error(capsys, "--dataset", "folder")
+    assert "give --data-dir FOLDER alone" in error(capsys, "--task", "colour")
+    assert "give --data-dir FOLDER alone" in error(capsys, "--dataset", "folder")
+    assert "no other direction" in error(capsys, "--direction", "BtoA")
 
 
 def test_hidden_files_runs_and_links(monkeypatch):
@@ -505,14 +547,34 @@ def test_translate_a_folder(checkpoint):
     assert found == {"a.png": (20, 20), "b/c.png": (8, 31), "b/d.png": (20, 20)}
 
 
+def test_translate_one_picture_into_a_folder(checkpoint):
+    save("photo.jpg", noise_of(16, 16, 3))
+    Path("done").mkdir()
+    pix2pix.main(["--translate", str(checkpoint), "--input", "photo.jpg", "--out", "done/"])
+    assert [path.name for path in Path("done").iterdir()] == ["photo.png"]
+
+
+def test_large_pictures_go_by_few_and_are_measured_by_few():
+    """Or a photograph's maps, eight times, are more than memory has."""
+    sizes = [len(some) for some in pix2pix.batches([torch.zeros(6, 256, 256)] * 10)]
+    assert sizes == [8, 2]  # the paper's size
+    large = torch.zeros(1).expand(6, 3000, 4000)
+    assert len(pix2pix.measured([large] * 9)) == 2
+    assert len(pix2pix.measured([large[:, :8]] * 9)) == 9
+    assert {len(some) for some in pix2pix.batches([torch.zeros(6, 1000, 1000)] * 2)} == {1}
+
+
 def test_translate_overwrites_no_picture(checkpoint, capsys):
     for name in ("a.png", "b.png"):
         save(f"photos/{name}", noise_of(16, 16, 3))
     say = partial(refused_by, pix2pix, capsys, "--translate", checkpoint)
     assert "would be overwritten" in say("--input", "photos", "--out", "photos")
     assert "would be overwritten" in say("--input", "photos/a.png", "--out", "photos/a.png")
+    save("photos/sub/a.png", noise_of(16, 16, 3))  # of which a.png's translation has the name
+    assert "would be overwritten" in say("--input", "photos", "--out", "photos/sub")
     save("photos/a.jpg", noise_of(16, 16, 3))
-    assert "would be overwritten" in say("--input", "photos", "--out", "done")
+    assert "differ in their suffix only" in say("--input", "photos", "--out", "done")
+    assert "a.blp: " in say("--input", "photos/b.png", "--out", "a.blp")
     assert ".png or .jpg is" in say("--input", "photos/a.png", "--out", "a.foo")
     assert "--input" in say()
     assert "nowhere" in say("--input", "nowhere.png", "--out", "x.png")
@@ -552,7 +614,19 @@ def test_run_of_labels_has_what_a_segmenter_sees(monkeypatch):
     found = summary()
     assert {"seen_iou", "seen_iou_of_truth", "layout", "wall_from_median"} <= found.keys()
     run("--dataset", "drawn", "--direction", "BtoA", "--out", "labels")
-    assert {"pixel_accuracy", "class_accuracy", "iou"} <= summary("labels").keys()
+    found = summary("labels")
+    assert {"pixel_accuracy", "class_accuracy", "iou"} <= found.keys()
+    assert "layout" not in found and "wall_from_median" not in found  # of facades that are painted
+
+
+def test_segmenter_that_can_not_be_kept_costs_no_run(monkeypatch):
+    training = pix2pix.trained_segmenter
+    nowhere = Path("no/such/folder/segmenter.pt")
+    monkeypatch.setattr(
+        pix2pix, "trained_segmenter", lambda data, args, _: training(data, args, nowhere, updates=2)
+    )
+    run("--dataset", "drawn")
+    assert "seen_iou" in summary() and not nowhere.exists()
 
 
 def test_resume_has_the_optimizers_state(capsys):
