@@ -53,6 +53,7 @@ import functools
 import io
 import json
 import math
+import numbers
 import os
 import socket
 import sys
@@ -143,6 +144,8 @@ def suit(args, data):
     """Gives the flags that were left out what suits the data, and refuses classes too small."""
     if args.label:
         raise UsageError("--label goes with --generate CHECKPOINT")
+    if args.target and not args.balance:
+        raise UsageError("--target goes with --balance FOLDER")
     if args.balance and not args.resume and Path(args.balance).exists():
         raise UsageError(f"--balance {args.balance} is there already; choose another")
     if args.dataset == "folder" and Path(args.data_dir) in Path(args.balance or "/").parents:
@@ -159,11 +162,12 @@ def suit(args, data):
             has = f"class {name} has {count} image{'s' * (count > 1)} to train on"
             raise UsageError(f"{has}, fewer than --t {args.t}: add more images, or leave it out")
     args.batch_size = args.batch_size or min(32, len(data.train))
-    if args.batch_size < 2:
-        raise UsageError(f"--batch-size {args.batch_size}: batch norm needs 2 or more")
-    if args.epochs is None:  # an epoch has the updates that all images of the set would be
+    if not 2 <= args.batch_size <= len(data.train):
+        of = f"of {len(data.train)} images, and batch norm needs 2"
+        raise UsageError(f"--batch-size {args.batch_size}: {of}")
+    if args.epochs is None:  # no limit beside that of updates, so that --resume may raise this
         args.max_steps = args.max_steps or (600 if len(data.train) > 9999 else 300)
-        args.epochs = math.ceil(args.max_steps / max(1, len(data.train) // args.batch_size))
+        args.epochs = 10**9
 
 
 # ------------------------------------------------------------------ networks
@@ -518,7 +522,9 @@ def as_labels(model, n, label):
     if label is None:
         label = torch.arange(n) % len(model.classes)
     elif not torch.is_tensor(label):
-        label = torch.full((n,), class_number(model.classes, label))
+        there = label in model.classes  # as 1 is of 1.0 and 2.0
+        number = model.classes.index(label) if there else class_number(model.classes, label)
+        label = torch.full((n,), number)
     return label.to(model.count.device)
 
 
@@ -551,6 +557,8 @@ def load_generator(path, device="cpu"):
 def generate(args):
     """--generate: a grid of a hundred images, a row of ten for each label, or --balance."""
     path = Path(args.out or "grid.png")
+    if (args.target and not args.balance) or (args.label and args.balance):
+        raise UsageError("--target goes with --balance FOLDER, and --label without it")
     if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UsageError(f"--out {path}: no picture is written as {path.suffix}; .png or .jpg is")
     if args.balance and Path(args.balance).exists():
@@ -666,25 +674,33 @@ def from_images(images, form, like):
     return values.clip(form.low, form.high).astype(like.dtype)
 
 
+OF_RUNS = {"dataset", "data_dir", "image_size", "counts", "out", "resume", "generate", "log_every"}
+OF_RUNS |= {"seeds", "rows", "balance", "target", "label", "no_graph", "seed"}  # not fit's, whose
+# random_state stands for the seed
+
+
 def fit(X, y, random_state=0, shape=None, **settings):
     """The averaged networks after training on images X with labels y, for sample and predict.
 
     X: (n, values), (n, height, width), (n, channels, height, width) or with the channels last, of
     uint8 or of other numbers, whose range is taken to be that of all; shape is that of a row, which
     rows of values need unless they are square. y: n labels of any kind that can be sorted. settings
-    are flags by name, as max_steps=1000. Raises UsageError, a ValueError.
+    are flags by name, as max_steps=1000. Raises UsageError, a ValueError, also where training
+    diverges.
     """
     X, y, form = as_arrays(X, y, shape)
     classes, labels = np.unique(y, return_inverse=True)
     args = arguments().parse_args([])
-    if unknown := settings.keys() - vars(args).keys():
-        raise UsageError(f"{', '.join(sorted(unknown))}: the settings are {', '.join(vars(args))}")
+    if unknown := settings.keys() - (known := vars(args).keys() - OF_RUNS):
+        raise UsageError(
+            f"{', '.join(sorted(unknown))}: the settings are {', '.join(sorted(known))}"
+        )
     vars(args).update(settings, seed=int(check_random_state(random_state).randint(2**31)))
     device = choose_device(args.device)
     images, labels = to_images(X, form).to(device), torch.from_numpy(labels).to(device)
     data = Data("arrays", classes.tolist(), images, labels, images[:0], labels[:0])
     suit(args, data)
-    updates = args.max_steps or args.epochs * (len(images) // args.batch_size)
+    updates = min(args.max_steps or math.inf, args.epochs * (len(images) // args.batch_size))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         model = Model(args, data)
@@ -719,19 +735,21 @@ def to_add(y, strategy):
     """{label: number of images to add}, of the labels in order."""
     names, counts = np.unique(y, return_counts=True)
     has = dict(zip(names.tolist(), counts.tolist()))
+    if len(has) < 2:
+        raise UsageError(f"y has one class, {names[0]!r}: two at least are needed")
     largest, smallest = max(has, key=has.get), min(has, key=has.get)
     strategy = strategy(y) if callable(strategy) else strategy
     chosen = {"minority": {smallest}, "not minority": has.keys() - {smallest}, "all": has.keys()}
     chosen |= dict.fromkeys(("auto", "not majority"), has.keys() - {largest})
     if isinstance(strategy, dict):
         wanted = has | strategy
-    elif isinstance(strategy, float) and len(has) == 2:
+    elif isinstance(strategy, numbers.Real) and len(has) == 2 and 0 < strategy <= 1:
         wanted = has | {smallest: int(strategy * has[largest])}
     elif isinstance(strategy, str) and strategy in chosen:
         wanted = has | dict.fromkeys(chosen[strategy], has[largest])
     else:
         raise UsageError(f"sampling_strategy {strategy!r}: it can be {', '.join(chosen)}, "
-                         "a dictionary or, of two classes, a ratio")  # fmt: skip
+                         "a dictionary or, of two classes, a ratio up to 1")  # fmt: skip
     for label, n in wanted.items():
         if n < (there := has.get(label, math.inf)):
             raise UsageError(f"sampling_strategy: {n} of {label!r}, of which there are {there}")
@@ -742,11 +760,11 @@ def to_add(y, strategy):
 def predict(model, X):
     """The labels (n,) that argmax L(E(x)) gives to images X, of the same form as in fit.
 
-    Of a model from a checkpoint floats are taken to be in [0, 1].
+    Of a model from a checkpoint floats are taken to be in [0, 1], integers in [0, 255].
     """
     X = np.asarray(X)
     shape = model.images.shape[1:] if X.ndim == 2 else None
-    form = model.form or form_of(X, shape)._replace(low=0, high=255 if X.dtype == np.uint8 else 1)
+    form = model.form or form_of(X, shape)._replace(low=0, high=1 if X.dtype.kind == "f" else 255)
     images = to_images(X, form).to(model.count.device)
     return np.array(model.classes)[found_classes(model, images).cpu()]
 
@@ -795,9 +813,13 @@ def evaluate(model, data):
 def train_alone(model, updates, update):
     """Calls update so many times, each with random numbers that follow from its number."""
     hidden = None if sys.stderr else True  # None: where it is no terminal
+    device, bf16 = model.generator.count.device.type, model.args.precision == "bf16"
     for step in tqdm(range(1, updates + 1), leave=False, disable=hidden):
         torch.manual_seed(hash((model.args.seed, step, RANK)))
-        update()
+        with torch.autocast(device, torch.bfloat16, bf16, False):
+            update()
+    if not nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise UsageError("nan after training; lower the learning rates, lr and lr_d")
 
 
 def train_whole(model, updates):
@@ -815,8 +837,8 @@ def train_row(name, full, data, updates):
         make = pixel_smote if name == "smote" else generated
         images, labels = filled(G, make, targets, args.seed)
     own = {"counts": torch.bincount(labels).tolist()}
-    own |= {"mixer": "uniform"} if name == "uniform" else {}
-    own |= {"shift": max(2, args.shift)} if name == "shifted" else {}
+    own |= {"mixer": "uniform" if name == "uniform" else "network"}
+    own |= {"shift": 2} if name == "shifted" else {}
     torch.manual_seed(args.seed)
     kept = data._replace(train=images, train_labels=labels)
     row = Model(argparse.Namespace(**vars(args) | own), kept)
@@ -847,6 +869,8 @@ def table(model, data, updates):
                 train_whole(full, updates)
         for name in ROWS:
             if name not in (rows | {"full"} if seed == args.seed else rows):
+                continue
+            if name == "shifted" and args.shift:  # all rows are
                 continue
             G = full.generator if name == "full" else train_row(name, full, data, updates)
             found = found_classes(G, data.test)
@@ -969,14 +993,13 @@ def latent_figures(G, data):
 def finish(model, data, folder, rows):
     """The table and pictures of a finished run, and what its summary has beside the last row."""
     G, args = model.generator, model.args
-    if args.balance:
-        balance(G, Path(args.balance), args.target, args.seed)
     save_curves(folder / "curves.png", rows)
     save_classes(G, folder / "classes.png")
     save_nearest(G, folder / "nearest.png")
     save_latents(G, folder / "latents.png")
     judge, accuracy = train_classifier(data, epochs=1)
-    figures = image_figures(G, data, judge) | latent_figures(G, data)
+    each = max(2, min(100, 5000 // len(G.classes)))  # all are in memory
+    figures = image_figures(G, data, judge, each) | latent_figures(G, data)
     results = table(model, data, rows[-1]["step"])
     lines = [results[0], *(result.values() for result in results), []]
     text = "\n".join(",".join(str(cell).replace(",", ";") for cell in line) for line in lines)
@@ -984,6 +1007,12 @@ def finish(model, data, folder, rows):
     summary = summarise(results)
     if sys.stdout:
         print(as_text(summary))
+    if args.balance:
+        try:
+            balance(G, Path(args.balance), args.target, args.seed)
+        except OSError as error:
+            way = f"--generate {folder / 'checkpoint.pt'} --balance ANOTHER writes it"
+            print(f"{SCRIPT}: --balance {args.balance}: {error}; {way}")
     return {"judge_accuracy": accuracy} | figures | {"table": summary}
 
 

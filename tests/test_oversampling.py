@@ -381,6 +381,27 @@ def test_rows_of_the_table_differ_in_what_they_see_alone(name, monkeypatch):
     assert name == "uniform" or same(dict(started[0]), dict(began))
 
 
+@pytest.mark.parametrize("flags", [["--mixer", "uniform"], ["--precision", "bf16"], ["--shift", 3]])
+def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
+    """Mixtures by M or by uniform alpha, in the run's precision, with moved images one row less."""
+    data, mixers, precise = made_data(), [], []
+    full = model_of(
+        data, "--counts", "12", "4", "2", "--rows", *oversampling.ROWS, *map(str, flags)
+    )
+
+    def step(model, *batch, **others):
+        mixers.append(model.mixer)
+        precise.append(not torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setattr(oversampling, "latent_step", step)
+    for name in ("uniform", "mixer"):
+        oversampling.train_row(name, full, data, 1)
+    assert mixers[0] is None and mixers[1] is not None
+    assert precise == ["bf16" not in flags] * 2
+    rows = [result["row"] for result in oversampling.table(full, data, 1)]
+    assert ("shifted" in rows) == ("--shift" not in flags) and len(rows) >= 9
+
+
 def test_part_filled_classes_are_five_times_as_large_at_most(monkeypatch):
     data, seen = made_data(), []
     full = model_of(data, "--counts", "12", "4", "2")
@@ -479,8 +500,11 @@ def test_strategies_are_imbalanced_learns(strategy, wanted):
 
 def test_ratio_is_for_two_classes():
     assert oversampling.to_add(np.array([1] * 10 + [0] * 2), 0.5) == {0: 3, 1: 0}
-    with pytest.raises(ValueError, match="of two classes"):
-        oversampling.to_add(np.array([1] * 10 + [0] * 2 + [3]), 0.5)
+    assert oversampling.to_add(np.array([1] * 10 + [0] * 2), 1) == {0: 8, 1: 0}
+    assert oversampling.to_add(np.array([1] * 10 + [0] * 2), np.float32(0.5)) == {0: 3, 1: 0}
+    for labels, ratio in (([1] * 10 + [0] * 2 + [3], 0.5), ([1] * 10 + [0] * 2, 2.0)):
+        with pytest.raises(ValueError, match="of two classes, a ratio up to 1"):
+            oversampling.to_add(np.array(labels), ratio)
 
 
 @pytest.mark.parametrize(
@@ -496,6 +520,11 @@ def test_ratio_is_for_two_classes():
         (lambda X, y: (X, y[:, None], {}), "a label for each"),
         (lambda X, y: (X, y, {"widht": 3}), "widht"),
         (lambda X, y: (X[y == "a"], y[y == "a"], {"sampling_strategy": {"a": 99}}), "one class"),
+        (lambda X, y: (X[y == "a"], y[y == "a"], {}), "one class"),
+        (lambda X, y: (X, y, {"seed": 3}), "seed: the settings are"),  # random_state
+        (lambda X, y: (X, y, {"seeds": 3}), "seeds: the settings are"),
+        (lambda X, y: (X, y, {"batch_size": 30}), "--batch-size 30: of 21 images"),
+        (lambda X, y: (X, y, {"lr": 1e9, "lr_d": 1e9, "max_steps": 5}), "nan after training"),
         (lambda X, y: (X, y, {"sampling_strategy": {"d": 9}}), "of 'd'"),
         (lambda X, y: (X, y, {"sampling_strategy": {"a": 9}}), "9 of 'a', of which there are 12"),
         (lambda X, y: (X, y, {"sampling_strategy": "most"}), "sampling_strategy 'most'"),
@@ -506,6 +535,34 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
     X, y, flags = change(*arrays())
     with pytest.raises(ValueError, match=message):
         oversampling.fit_resample(X, y, **SMALL | flags)
+
+
+def test_epochs_and_updates_of_fit_are_those_of_a_run():
+    X, y = arrays()
+    settings = SMALL | {"batch_size": 10}
+    for flags, updates in (({"epochs": 2}, 2), ({"epochs": 1, "max_steps": 5}, 2), ({}, 2)):
+        model = oversampling.fit(X, y, **settings | flags)
+        assert model.updates == updates, flags
+
+
+def test_labels_that_are_numbers_are_found_by_value():
+    X, y = arrays(names=(1.0, 2.0, 3.0))
+    model = oversampling.fit(X, y, **SMALL)
+    for label in (1.0, 2, np.float64(3)):
+        found = oversampling.as_labels(model, 4, label)
+        assert found.tolist() == [model.classes.index(label)] * 4
+
+
+def test_integers_of_any_kind_are_grey_values_to_a_model_of_a_checkpoint():
+    X, y = arrays()
+    model = oversampling.fit(X, y, **SMALL)
+    model.form = None  # as a checkpoint has it
+    seen = []
+    model.forward = lambda x: seen.append(x) or torch.zeros(len(x), 3)
+    for dtype in (np.uint8, np.int64, np.int16):
+        oversampling.predict(model, X.astype(dtype))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert len(seen[0].unique()) > 50
 
 
 def test_batch_of_one_is_refused():
@@ -631,7 +688,25 @@ def test_own_pictures_come_back_balanced(small, capsys):
     assert "is among the pictures" in refused_by(oversampling, capsys, *flags, "pictures/more")
 
 
+def test_balanced_set_that_can_not_be_written_costs_no_run(small, capsys):
+    Path("file").write_text("no folder")
+    oversampling.main([*FLAGS, "--rows", "copies", "--balance", "file/balanced"])
+    assert Path("run/table.csv").exists() and Path("run/summary.json").exists()
+    assert "--generate run/checkpoint.pt --balance ANOTHER" in capsys.readouterr().out
+
+
+def test_run_of_so_many_updates_is_extended_by_more(small):
+    oversampling.main([*FLAGS, "--rows", "copies"])
+    oversampling.main(["--resume", "run/checkpoint.pt", "--max-steps", "5"])
+    assert json.loads(Path("run/summary.json").read_text())["step"] == 5
+
+
 def test_mistakes(capsys):
+    assert "--target goes with" in refused_by(oversampling, capsys, *FLAGS, "--target", "7")
+    made = ["--generate", "run/checkpoint.pt", "--target", "7"]
+    assert "--target goes with" in refused_by(oversampling, capsys, *made)
+    made += ["--balance", "new", "--label", "9"]
+    assert "--label without it" in refused_by(oversampling, capsys, *made)
     refused = [*FLAGS, "--counts"]
     assert "have [142" in refused_by(oversampling, capsys, *refused, "5", "5")
     assert "have [142" in refused_by(oversampling, capsys, *refused, *["5"] * 9, "9999")
