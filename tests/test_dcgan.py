@@ -216,6 +216,20 @@ def test_draws_hold_as_many_of_each_class():
     many = np.arange(3000) % 10
     draws = [*dcgan.labelled_draws(many, 2, np.random.default_rng(0))]
     assert [len(set(index)) for index in draws] == [1000, 1000] and set(draws[0]) != set(draws[1])
+    (index,) = dcgan.labelled_draws(np.arange(20_000) % 100, 1, np.random.default_rng(0))
+    assert len(index) == 1000  # and not as many as make a day of the protocol
+
+
+def test_part_of_a_set_that_is_ordered_by_class_has_all_classes():
+    labels = torch.arange(2500) // 250  # as those of a folder are
+    assert labels[dcgan.evenly(labels, 1000)].bincount().tolist() == [100] * 10
+    assert dcgan.evenly(labels, 9999).tolist() == [*range(2500)]
+
+
+def test_batch_statistics_of_any_number_of_images():
+    """501 were 500 and one, of which there are no statistics."""
+    g = networks(width=4)[0]
+    assert len(dcgan.sample(g, 501, batch_statistics=True)) == 501
 
 
 def test_protocol_keeps_validation_from_the_draws_and_chooses_c_by_it(monkeypatch):
@@ -300,7 +314,7 @@ def test_run_measures_features_and_controls(monkeypatch):
     wanted = {f"svm{of}_{what}" for of in ("", "_untrained", "_pixels") for what in ("error", "c")}
     assert wanted <= set(summary) and summary["svm_error"] < 0.3
     assert summary["walk_largest_step"] >= 1 and "neighbour_error" not in summary
-    assert 0 < float(rows("run")[-1]["svm_error"]) < 0.3
+    assert 0 < float(rows("run")[-1]["svm_estimate"]) < 0.3
     for name in ("curves", "walks", "filters", "samples/0000003"):
         assert np.asarray(Image.open(f"run/{name}.png")).std() > 1
 
@@ -329,7 +343,7 @@ def test_labelled_run_is_scored_by_nearest_neighbours(monkeypatch):
     summary = summary_of("run")
     assert summary["neighbours"] == 1435 and summary["neighbour_error"] > 0.3
     assert summary["neighbour_error_real"] < 0.03  # of real digits
-    assert "svm_error" not in summary and float(rows("run")[-1]["neighbour_error"]) > 0.3
+    assert "svm_error" not in summary and float(rows("run")[-1]["neighbour_estimate"]) > 0.3
     for flags in ([], ["--label", "3", "7"], ["--batch-statistics"]):
         dcgan.main(["--generate", "run/checkpoint.pt", "--out", "a.png", *flags])
         assert Image.open("a.png").size[1] == (62 if "--label" in flags else 302)

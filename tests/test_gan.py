@@ -85,7 +85,7 @@ def test_shapes_and_range(shape):
 def test_untrained_images_are_about_the_mean_image():
     model, data = made_model()
     mean = data.train.float().mean(dim=0) / 255
-    assert (gan.sample(model.generator, 10).mean(dim=0) - mean).abs().mean() < 0.05
+    assert (gan.sample(model.generator, 10).mean(dim=0) - mean).abs().mean() < 0.005
 
 
 # ------------------------------------------------------------------ the training step
@@ -133,6 +133,7 @@ def test_run_ends_where_its_rate_does(fall, last):
     """The last of ten updates, 2 epochs of 5, moves G's bias by that share of the first rate."""
     flags = ["--epochs", 2, "--batch-size", 4, "--lr", 0.5, "--lr-fall", fall]
     model, data = made_model(*flags, data=made_data(20))
+    lively(model)
     for optimizer in model.optimizers:
         for state in optimizer.state.values():
             state["updates"].fill_(9)
@@ -150,6 +151,13 @@ def test_value_is_minus_log_4_where_d_is_a_half():
     assert torch.allclose(gan.value(score_real, score_fake), want, atol=1e-5)
 
 
+def lively(model):
+    """D as after some training: at the start G's gradients are 1e-9, and would pass for nothing."""
+    with torch.no_grad():
+        for p in model.discriminator.parameters():
+            p.mul_(30)
+
+
 def by_hand(model, real, saturating):
     """The gradients of D and G, at the same weights, from the same samples and dropout."""
     G, D = model.generator, model.discriminator
@@ -165,6 +173,7 @@ def by_hand(model, real, saturating):
 def test_update_is_of_both_networks_at_once(flags):
     """D's dropout is drawn once: G's loss has the mask that D's has."""
     model, data = made_model(*flags)
+    lively(model)
     (real,) = model.batch(data, torch.arange(10))
     before = [[p.clone() for p in x.parameters()] for x in (model.discriminator, model.generator)]
     masks = []
