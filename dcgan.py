@@ -520,11 +520,12 @@ def finish(model, data, folder, rows):
     classifier, accuracy = train_classifier(data)
     figures = {"classifier_accuracy": accuracy} | walk_figures(G, classifier)
     if G.classes:
-        at = evenly(data.train, 50_000)
+        n = min(50_000, len(data.train))  # of MNIST the first; a folder is in the order of classes
+        at = evenly(data.train, n) if data.name == "folder" else slice(n)
         opponent = data.train[at], data.train_labels[at]
         return figures | {
-            "neighbours": len(at),
-            "neighbour_error": neighbour_error(G, data.test, data.test_labels, len(at)),
+            "neighbours": n,
+            "neighbour_error": neighbour_error(G, data.test, data.test_labels, n),
             "neighbour_error_real": nearest_error(data.test, data.test_labels, *opponent),
         }
     if len(means := concepts(G, classifier)) > 1:
