@@ -211,9 +211,10 @@ def evaluate(args):
     reference, held = (data.test[half] / 255 for half in mixed.chunk(2))
     with torch.no_grad():
         real = torch.cat([classifier(part)[0] for part in reference.split(500)])
-    images = {"held-out real": held}
-    images |= {name: draw(*found, len(held)) for name, found in generators.items()}
-    rows = {name: scores(classifier, real, part, data.classes) for name, part in images.items()}
+    rows, images = {}, {}
+    for name, found in {"held-out real": None, **generators}.items():  # one in memory at a time
+        part = draw(*found, len(held)) if found else held
+        rows[name], images[name] = scores(classifier, real, part, data.classes), part[:16].clone()
     write_csv(Path(f"{out}.csv"), rows, accuracy)
     save_rows(Path(f"{out}.png"), images)
     print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
@@ -225,7 +226,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         evaluate(args)
-    except (UsageError, OSError, RuntimeError) as error:
+    except (UsageError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         parser.exit(2, f"{SCRIPT}: error: {error}\n")

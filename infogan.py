@@ -76,10 +76,10 @@ def arguments():
     parser.add_argument("--data-dir", default="data", help="of data sets; or your own images")
     parser.add_argument("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("InfoGAN").add_argument
-    sizes, count, real = at_least(2, high=10**4), at_least(0, high=10**4), at_least(0, float)
+    sizes, count, real = at_least(2, high=1000), at_least(0, high=100), at_least(0, float)
     add("--categorical", type=sizes, nargs="*", default=[10], metavar="K", help="sizes")
     add("--continuous", type=count, default=2, help="number of continuous codes")
-    add("--noise", type=count, default=62, help="number of noise values")
+    add("--noise", type=at_least(0, high=10**4), default=62, help="number of noise values")
     add("--lambda-categorical", type=real, default=0.3, help="weight of L_I")
     add("--lambda-continuous", type=real, default=0.03, help="weight of L_I")
     add("--unit-variance", action="store_true", help="Q's Gaussians have variance 1, not learned")
@@ -367,12 +367,13 @@ def save_samples(model, path):
 @torch.no_grad()
 def evaluate(model, data):
     """The test accuracy of Q's first category; batch norm by the statistics of about 500 images."""
-    sizes = model.generator.categorical
+    sizes, k = model.generator.categorical, len(data.test) // 500 | 1
     if not sizes or sizes[0] != len(data.classes) or len(data.test) < 2:
         return {}
-    batches = map(normalise, data.test.tensor_split(max(1, len(data.test) // 500)))
-    category = torch.cat([model.discriminator(x)[1][:, : sizes[0]].argmax(dim=1) for x in batches])
-    return {"accuracy": matched_accuracy(category, data.test_labels, sizes[0])}
+    parts = [slice(i, None, k) for i in range(k)]  # a folder is in the order of its classes
+    q = torch.cat([model.discriminator(normalise(data.test[part]))[1] for part in parts])
+    category, label = q[:, : sizes[0]].argmax(dim=1), [data.test_labels[part] for part in parts]
+    return {"accuracy": matched_accuracy(category, torch.cat(label), sizes[0])}
 
 
 def matched_accuracy(category, label, k):

@@ -35,7 +35,8 @@ at x^ and, on sets of points, the critic's level sets (figure 1) and the share o
   --decay-steps 0 --epochs 513. Lambda 0.1 and beta1 0.5 are those of their code for points, where
   the paper has 10 and 0. For its figure 1 the paper holds G fixed at data plus noise; here G is
   trained, as in their code, and the share of modes found is our measure.
-- beta1 is the paper's 0 for images; the authors' code for MNIST has 0.5.
+- beta1 is the paper's 0 for images; the authors' code for MNIST and CIFAR has 0.5.
+- With --clip their critics of images have batch norm; here they have none.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def arguments():
     add("--clip", type=at_least(1e-9, float), metavar="C", help="the original WGAN: weights to +-C")
     add("--lr", type=rate, help="learning rate of both networks")
     add("--betas", type=at_least(0, float, 0.9999), nargs=2, help="of Adam")
-    fall = "updates of G over which --lr falls to 0; 0: it stays; None, on points: all of the run"
+    fall = "updates of G over which --lr falls to 0; 0: it stays; None, on points: all of --epochs"
     add("--decay-steps", type=at_least(0), help=fall)
     return parser
 
@@ -106,6 +107,8 @@ def suit(args, data):
     points, size = data.train.ndim == 2, data.train.shape[-1]
     if args.network == "resnet" and size != 32:
         raise UsageError("--network resnet is for images of 32x32")
+    if args.clip is not None and not args.resume and (args.betas or args.gp_weight is not None):
+        raise UsageError("--clip has no penalty and no Adam: leave --gp-weight and --betas out")
     suiting = {"lr": 1e-4, "betas": [0.0, 0.9], "gp_weight": 10.0, "noise": 128, "dim": 64}
     suiting |= {"batch_size": 64, "epochs": 50, "decay_steps": 0}
     if points:
@@ -384,7 +387,7 @@ class Model(nn.Module):
         if args.kernels == "fused" and gan_kernels is None:
             raise UsageError("--kernels fused: gan_kernels can not be imported; pip install .")
         self.kernels, self.gradient_penalty = "reference", gradient_penalty_reference
-        if gan_kernels and args.kernels != "reference":
+        if gan_kernels and args.kernels != "reference" and args.clip is None:
             self.kernels, self.gradient_penalty = "fused", gan_kernels.gradient_penalty
 
     def batch(self, data, index):

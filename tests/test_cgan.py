@@ -145,7 +145,7 @@ def test_noise_is_normal_for_conv_and_in_the_unit_hypercube_for_mlp():
 def test_untrained_mlp_draws_the_mean_image():
     model, data = model_and_data("--network", "mlp")
     images = cgan.sample(model.generator.eval(), torch.arange(10))
-    assert (images.mean(dim=0) - data.train.float().mean(dim=0) / 255).abs().mean() < 0.1
+    assert (images.mean(dim=0) - data.train.float().mean(dim=0) / 255).abs().mean() < 0.015
 
 
 # ------------------------------------------------------------------ the training step
@@ -350,7 +350,7 @@ def test_classifier_is_the_same_each_time_and_trained_once_a_run(digits, monkeyp
     model, data = model_and_data()
     names = model.state_dict().keys()
     for _ in range(2):
-        assert 0 <= cgan.evaluate(model.eval(), data)["label_fidelity"] <= 1
+        assert 0 <= cgan.evaluate(model.eval(), data)["label_fidelity_estimate"] <= 1
     assert calls == [1] and model.state_dict().keys() == names  # it is not in the checkpoint
 
 
@@ -404,8 +404,8 @@ def test_run_folder(finished):
         "samples", "curves.png", "metrics.csv", "config.json", "summary.json", "checkpoint.pt",
     }  # fmt: skip
     header = (finished / "metrics.csv").read_text().splitlines()[0]
-    assert header == "step,epoch,seconds,loss_d,loss_g,label_fidelity"
-    assert [bool(row["label_fidelity"]) for row in rows(finished)] == [0, 0, 0, 0, 1]
+    assert header == "step,epoch,seconds,loss_d,loss_g,label_fidelity_estimate"
+    assert [bool(row["label_fidelity_estimate"]) for row in rows(finished)] == [0, 0, 0, 0, 1]
     found = summary(finished)
     assert found["kernels"] == "reference" and found["step"] == 20
     assert 0 <= found["label_fidelity"] <= 1 and 0 <= found["classifier_accuracy"] <= 1

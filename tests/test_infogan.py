@@ -246,6 +246,41 @@ def test_augmentation_moves_real_and_generated_images_alike():
     assert infogan.augment(image, shift=0, rotate=0) is image
 
 
+@pytest.mark.parametrize("shift, rotate", [(2, 0), (0, 9)])
+def test_augmentation_shifts_either_way_and_turns(shift, rotate):
+    """A bar, upright and off the centre: where its middle goes, and how far it leans."""
+    torch.manual_seed(0)
+    image = torch.zeros(300, 1, 28, 28)
+    image[:, :, 6:22, 13:15] = 1
+    out = infogan.augment(image, shift, rotate)
+    at, mass = torch.arange(28.0) - 13.5, out.sum(dim=(1, 2, 3))
+    moved = [out.sum(dim=(1, dim)) @ at / mass for dim in (2, 3)]
+    slant = infogan.digit_shape(out)["slant"]
+    for centre in moved:
+        assert (1.7 < centre.max() < 2.1) == (-2.1 < centre.min() < -1.7) == (shift > 0)
+    steepest = math.tan(math.radians(9)) if rotate else 0
+    assert abs(slant.max() - steepest) < 0.02 and abs(slant.min() + steepest) < 0.02
+
+
+def test_accuracy_is_measured_in_batches_of_all_classes():
+    """Batch norm by images of one class alone, as they lie in a folder, would be another's."""
+    data = infogan.load_data(infogan.arguments().parse_args(["--dataset", "digits"]), "cpu")
+    order = data.test_labels.argsort(stable=True).repeat_interleave(5)
+    data, seen = data._replace(test=data.test[order], test_labels=data.test_labels[order]), []
+
+    def discriminator(x):
+        seen.append(x)
+        return None, torch.zeros(len(x), 10)
+
+    generator = argparse.Namespace(categorical=[10])
+    model = argparse.Namespace(generator=generator, discriminator=discriminator)
+    shares = data.test_labels.bincount() / len(data.test)  # all images are found to be of one
+    assert infogan.evaluate(model, data)["accuracy"] == pytest.approx(shares.max().item())
+    assert len(seen) == 3 and sum(map(len, seen)) == len(data.test)
+    for x in seen:
+        assert torch.equal(x.unique(dim=0), infogan.normalise(data.test).unique(dim=0))
+
+
 def test_images_are_scaled_to_the_range_of_tanh():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     assert infogan.normalise(images).flatten().tolist() == [-1, 1]

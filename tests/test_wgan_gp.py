@@ -193,6 +193,26 @@ def test_step_is_algorithm_1(kernels):
             assert torch.allclose(p, q, atol=1e-5)
 
 
+def test_initial_weights_are_the_authors():
+    """Uniform, with the variance of each kind of layer; biases are zero; strides thin out fans."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(64, 128, 5, 2), torch.nn.ConvTranspose2d(128, 64, 5, 2)
+    first, second = wgan_gp.initialise(layers)
+    (dense,) = wgan_gp.initialise([torch.nn.Linear(256, 512)])
+    (points,) = wgan_gp.initialise([torch.nn.Linear(256, 512)], points=True)
+    wanted = 4 / ((64 + 128 / 4) * 25), 4 / ((128 / 4 + 64) * 25), 2 / (256 + 512), 2 / 256
+    for layer, variance in zip((first, second, dense, points), wanted):
+        assert layer.weight.var().item() == pytest.approx(variance, rel=0.02)
+        assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(3 * variance), rel=0.01)
+        assert not layer.bias.any()
+
+
+def test_flags_of_the_penalty_do_not_go_with_clip(capsys):
+    for flags in (["--gp-weight", "5"], ["--betas", "0", "0.9"]):
+        flags = ["--dataset", "8gaussians", "--clip", "0.01", *flags, "--out", "run"]
+        assert "--clip has no penalty" in refused_by(wgan_gp, capsys, *flags)
+
+
 def test_optimizers_are_the_papers():
     model, _ = model_and_data(shape=(1, 28, 28))
     for optimizer in (model.optimizer_g, model.optimizer_d):
