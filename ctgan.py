@@ -13,7 +13,7 @@ categories, generated so that rare values stay and any value can be asked for.
     python ctgan.py --generate runs/.../checkpoint.pt --rows 1000 --given income='>50K'
 
 On Adult (300 epochs, three seeds, an EPYC core) classifiers that learn from CTGAN's rows have a
-mean F1 of 0.630 on real ones, from TVAE's 0.640, from real rows 0.655; paper: 0.601, 0.626, 0.669.
+mean F1 of 0.618 on real ones, from TVAE's 0.633, from real rows 0.655; paper: 0.601, 0.626, 0.669.
 
 From Python: sample(fit(table), 1000, given={"sex": "Female"}), with a dictionary of NumPy arrays or
 a pandas data frame. Every run, and what the departures below do: docs/ctgan.md.
@@ -38,7 +38,7 @@ D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
   and a missing number is a mode of its own. A mode is wider than 4 standard deviations where values
   would be cut off.
 - A pack has one row, not ten, as table 3 finds better too: with one, the classifiers that learn
-  Adult from synthetic rows have a mean F1 of 0.630, with ten 0.557 and 0.598. Tables without a
+  Adult from synthetic rows have a mean F1 of 0.618, with ten 0.557 and 0.598. Tables without a
   discrete column keep the ten.
 - TVAE draws categories and modes, as the paper has it; the authors' code takes the likeliest, which
   loses rare ones.
