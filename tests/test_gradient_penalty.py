@@ -462,6 +462,29 @@ def test_every_spelling_is_exact(device):
         compare(critic, torch.randn(3, 2, 7, 7, dtype=torch.float64, device=device))
 
 
+def test_each_rewriting_is_met_by_a_critic_of_the_benchmark(monkeypatch):
+    """Of spellings of one operation it need be one; what only works in place is such a spelling."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from critics import CRITICS
+
+    forms = _convolution.CONVOLUTIONS | _norm.NORMS | _rewriting.PIECEWISE_LINEAR
+    rewrite, met = _rewriting.Rewriting._rewritten, set()
+
+    def noted(self, func, *args):
+        y = rewrite(self, func, *args)
+        met.update([forms[func]] if y is not NotImplemented else [])
+        return y
+
+    monkeypatch.setattr(_rewriting.Rewriting, "_rewritten", noted)
+    for make in CRITICS.values():
+        critic, shape = make(True)
+        x = torch.randn(shape, requires_grad=True)
+        with _rewriting.Rewriting(_graph.Asked(x)):
+            critic(x)
+    in_place = {torch.relu_, torch.Tensor.relu_, F.leaky_relu_}
+    assert {form for function, form in forms.items() if function not in in_place} == met
+
+
 def test_several_inputs_and_a_branch_beside_the_path(device):
     class Conditional(nn.Module):
         def __init__(self):

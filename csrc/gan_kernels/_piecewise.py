@@ -85,19 +85,6 @@ def _leaky_relu(input, negative_slope=0.01, inplace=False):
     return _Piecewise.apply(input, run, (derivative,) * 2, inplace)
 
 
-def _relu6(input, inplace=False):
-    def run(x):
-        if inplace:
-            y = aten.hardtanh_(x, 0, 6)
-            return y, (y,)
-        return aten.hardtanh(x, 0, 6), (x,)
-
-    def derivative(t, saved):
-        return aten.hardtanh_backward(t, saved, 0, 6)
-
-    return _Piecewise.apply(input, run, (derivative,) * 2, inplace)
-
-
 def _prelu(input, weight):
     if input.dim() < 2 or weight.dim() > 1:
         return NotImplemented
@@ -168,7 +155,6 @@ PIECEWISE_LINEAR = {
     **dict.fromkeys([torch.relu_, torch.Tensor.relu_], _inplace(_relu)),
     **dict.fromkeys([F.leaky_relu, torch._C._nn.leaky_relu], _leaky_relu),  # DCGAN
     F.leaky_relu_: _inplace(_leaky_relu),
-    F.relu6: _relu6,  # separable, squeeze and excite
     **dict.fromkeys([torch.prelu, torch.Tensor.prelu], _prelu),  # convolutions, PReLU
     F.avg_pool2d: _avg_pool2d,  # residual
     **dict.fromkeys([F.max_pool2d, torch.max_pool2d], _max_pool2d),  # convolutions, max pooling
