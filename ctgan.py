@@ -1243,8 +1243,8 @@ def evaluate(model, data):
     """How like held-out rows 2,000 generated ones are, before any is drawn again: see quality."""
     discrete = discrete_names(data)
     rows = draw_rows(model, 2000, rng=own_rng(model.offsets, 1))
-    tables = data.test, decode(rows, model.columns)
-    tables = ({name: v[:2000] for name, v in measurable(t, discrete).items()} for t in tables)
+    test = {name: values[:2000] for name, values in data.test.items()}
+    tables = (measurable(table, discrete) for table in (test, decode(rows, model.columns)))
     return quality(*tables, discrete)
 
 

@@ -691,10 +691,9 @@ def fit(X, y, random_state=0, shape=None, **settings):
     X, y, form = as_arrays(X, y, shape)
     classes, labels = np.unique(y, return_inverse=True)
     args = arguments().parse_args([])
-    if unknown := settings.keys() - (known := vars(args).keys() - OF_RUNS):
-        raise UsageError(
-            f"{', '.join(sorted(unknown))}: the settings are {', '.join(sorted(known))}"
-        )
+    known = sorted(vars(args).keys() - OF_RUNS)
+    if unknown := sorted(settings.keys() - known):
+        raise UsageError(f"{', '.join(unknown)}: the settings are {', '.join(known)}")
     vars(args).update(settings, seed=int(check_random_state(random_state).randint(2**31)))
     device = choose_device(args.device)
     images, labels = to_images(X, form).to(device), torch.from_numpy(labels).to(device)
