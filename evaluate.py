@@ -72,49 +72,50 @@ def inception_score(logits):
     return (log_p.exp() * (log_p - marginal)).sum(dim=1).mean().exp().item()
 
 
-def neighbour_distance(x, k):
-    """The distance (n,) of each row of x (n, d) to its k-th nearest other row."""
-    k = min(k, len(x) - 1)
-    return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(1000)])
-
-
 def distances(a, b):
     """Between the rows of a and b: exact, so that of a row to itself is 0."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def balls_holding(points, centres, radius):
-    """The number of balls that hold each point (m, d); and of each ball, whether it holds one."""
-    counts, holding = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
-    for part in points.split(1000):
-        within = distances(part, centres) <= radius
-        counts.append(within.sum(dim=1))
-        holding |= within.any(dim=0)
-    return torch.cat(counts), holding
+def neighbour_distances(x, *ks):
+    """For each k the distance (n,) of each row of x (n, d) to its k-th nearest other row."""
+    most = min(max(ks), len(x) - 1) + 1
+    near = [distances(part, x).topk(most, largest=False).values for part in x.split(1000)]
+    return [torch.cat(near)[:, min(k, len(x) - 1)] for k in ks]
 
 
-def neighbourhoods(real, fake):
-    """precision, recall, density and coverage of the rows of fake (m, d) beside real (n, d)."""
-    third, fifth = neighbour_distance(real, 3), neighbour_distance(real, 5)
-    in_real, _ = balls_holding(fake, real, third)
-    in_fake, _ = balls_holding(real, fake, neighbour_distance(fake, 3))
-    counts, holding = balls_holding(fake, real, fifth)
+def neighbourhoods(real, fake, radii=None):
+    """precision, recall, density and coverage of the rows of fake (m, d) beside real (n, d).
+
+    radii are the distances of real's rows to their third and fifth neighbours.
+    """
+    third, fifth = radii or neighbour_distances(real, 3, 5)
+    (own,) = neighbour_distances(fake, 3)
+    precise, counts = [], []
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=real.device)
+    for part, radius in zip(fake.split(1000), own.split(1000)):
+        apart = distances(part, real)
+        precise.append((apart <= third).any(dim=1))
+        counts.append((apart <= fifth).sum(dim=1))
+        covered |= (apart <= fifth).any(dim=0)
+        recalled |= (apart <= radius[:, None]).any(dim=0)
     return {
-        "precision": (in_real > 0).double().mean().item(),
-        "recall": (in_fake > 0).double().mean().item(),
-        "density": counts.double().mean().item() / min(5, len(real) - 1),
-        "coverage": holding.double().mean().item(),
+        "precision": torch.cat(precise).double().mean().item(),
+        "recall": recalled.double().mean().item(),
+        "density": torch.cat(counts).double().mean().item() / min(5, len(real) - 1),
+        "coverage": covered.double().mean().item(),
     }
 
 
 @torch.no_grad()
-def scores(classifier, real, images, classes):
-    """One row of the table: images (n, channels, size, size) in [0, 1] beside the real features."""
+def scores(classifier, real, radii, images, classes):
+    """One row of the table: images (n, channels, size, size) in [0, 1] beside the real features,
+    whose neighbourhoods have these radii."""
     parts = [classifier(part) for part in images.split(500)]
     features, logits = (torch.cat(part) for part in zip(*parts))
     share = torch.bincount(logits.argmax(dim=1), minlength=len(classes)).double() / len(images)
     row = {"images": len(images), "frechet": frechet_distance(real, features)}
-    row |= {"score": inception_score(logits), **neighbourhoods(real, features)}
+    row |= {"score": inception_score(logits), **neighbourhoods(real, features, radii)}
     return row | {f"class {name}": value for name, value in zip(classes, share.tolist())}
 
 
@@ -155,13 +156,13 @@ def read_data(state, data_dir, device):
     return data
 
 
-def draw(module, generator, n):
-    """n images in [0, 1]; of a conditional generator, of all classes alike."""
+def draw(module, generator, labels):
+    """As many images in [0, 1]; of a conditional generator, of these classes."""
     images = []
-    for i in range(0, n, 500):
-        m = min(500, n - i)
-        what = torch.arange(i, i + m) % len(generator.classes) if module.SCRIPT == "cgan" else m
-        images.append(module.sample(generator, what, seed=1000 + i))
+    for i, label in enumerate(labels.split(500)):
+        what = [len(label), label] if module.SCRIPT in ("dcgan", "oversampling") else [len(label)]
+        what = [label] if module.SCRIPT == "cgan" else what
+        images.append(module.sample(generator, *what, seed=1000 + 500 * i))
     return torch.cat(images)
 
 
@@ -200,8 +201,10 @@ def save_rows(path, images):
 
 
 def evaluate(args):
-    """Draws, measures, writes the table and the picture, and then prints the table."""
+    """Draws, measures, writes the table and the picture, and prints the table."""
     out, device = Path(args.out), choose_device(args.device)
+    if not out.name:
+        raise UsageError(f"--out {args.out!r}: give a name, of which .csv and .png are made")
     torch.backends.cudnn.allow_tf32 = False
     state, generators = read_generators(args.checkpoints, device)
     data = read_data(state, args.data_dir, device)
@@ -209,15 +212,20 @@ def evaluate(args):
     classifier, accuracy = train_classifier(data)
     mixed = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)
     reference, held = (data.test[half] / 255 for half in mixed.chunk(2))
+    labels = data.test_labels[mixed.chunk(2)[1]]  # conditional generators draw the same classes
     with torch.no_grad():
         real = torch.cat([classifier(part)[0] for part in reference.split(500)])
+        radii = neighbour_distances(real, 3, 5)
     rows, images = {}, {}
     for name, found in {"held-out real": None, **generators}.items():  # one in memory at a time
-        part = draw(*found, len(held)) if found else held
-        rows[name], images[name] = scores(classifier, real, part, data.classes), part[:16].clone()
-    write_csv(Path(f"{out}.csv"), rows, accuracy)
-    save_rows(Path(f"{out}.png"), images)
-    print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
+        part = draw(*found, labels) if found else held
+        rows[name] = scores(classifier, real, radii, part, data.classes)
+        images[name] = part[:16].clone()
+    try:
+        write_csv(Path(f"{out}.csv"), rows, accuracy)
+        save_rows(Path(f"{out}.png"), images)
+    finally:  # what can not be written is printed all the same
+        print(f"{data.name}, beside {len(reference)} real images\n{table(rows, accuracy)}")
 
 
 def main(argv=None):
@@ -230,6 +238,8 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         parser.exit(2, f"{SCRIPT}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{SCRIPT}: error: stopped\n")
     finally:  # a notebook goes on
         socket.setdefaulttimeout(timeout)
 

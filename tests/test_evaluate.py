@@ -63,8 +63,9 @@ def test_inception_score_of_sure_and_of_unsure_predictions():
 
 def test_neighbour_distance_on_a_line():
     x = torch.tensor([[0.0], [1], [3], [7]])
-    assert evaluate.neighbour_distance(x, 1).tolist() == [1, 1, 2, 4]
-    assert evaluate.neighbour_distance(x, 2).tolist() == [3, 2, 3, 6]
+    first, second, sixth = evaluate.neighbour_distances(x, 1, 2, 6)
+    assert first.tolist() == [1, 1, 2, 4] and second.tolist() == [3, 2, 3, 6]
+    assert sixth.tolist() == [7, 6, 4, 7]  # of three others the farthest
 
 
 def test_a_set_beside_itself_and_beside_one_far_away():
@@ -132,6 +133,45 @@ def test_table_of_two_generators(run, capsys):
 def test_other_scripts_are_scored(script, run):
     evaluate.main([run, trained(script, script=script)])
     assert [row["name"] for row in read_table("scores.csv")][2] == f"{script} {script}"
+
+
+@pytest.mark.parametrize("script", ["cgan", "dcgan", "oversampling"])
+def test_conditional_generators_draw_the_classes_that_they_are_given(script, monkeypatch):
+    """Whose shares are those of the held-out half: 1,001 of one class and 3 of another."""
+    module = importlib.import_module(script)
+    drawn = []
+
+    def sample(generator, *what, seed):
+        drawn.extend(what[-1].tolist())
+        return torch.zeros(len(what[-1]), 1, 28, 28)
+
+    monkeypatch.setattr(module, "sample", sample)
+    labels = torch.tensor([4] * 1001 + [7] * 3)
+    assert len(evaluate.draw(module, None, labels)) == 1004
+    assert drawn == labels.tolist()
+
+
+def test_a_table_that_can_not_be_written_is_printed(run, capsys):
+    os.mkdir("scores.csv")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([run])
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and "Traceback" not in told.err
+    assert "held-out real" in told.out and "infogan run" in told.out
+    assert not Path("scores.tmp").exists()
+
+
+def test_stopped_by_hand_and_no_name(run, capsys, monkeypatch):
+    assert "--out ''" in refused(capsys, run, "--out", "")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "train_classifier", stop)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([run])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "evaluate: error: stopped\n"
 
 
 def test_data_that_have_moved(run, capsys):
