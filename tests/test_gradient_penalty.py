@@ -5,9 +5,12 @@ import dataclasses
 import itertools
 import random
 import re
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -653,6 +656,128 @@ def test_attention_in_its_default_form(device):
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         want = gradients(plain_penalty(critic, x)[0], parameters)
     assert_same_gradients(got, want, 1e-10)
+
+
+def test_attention_in_a_critic_that_was_too_small_before(device):
+    """Both have the same code, a lambda's, by which is remembered that it runs plainly."""
+    small = nn.Sequential(nn.Flatten(), nn.Linear(24, 1))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    for critic in (small, small, nn.Sequential(layer, *small)):
+        critic.to(device)
+        gradient_penalty(lambda v: critic(v), torch.randn(4, 3, 8, device=device)).backward()  # noqa: B023
+
+
+def test_two_threads_leave_the_settings_of_the_process(device):
+    """The first to come is the first to go."""
+    import torch._dynamo.eval_frame as dynamo
+
+    first, second, gone = (threading.Event() for _ in range(3))
+    net, x = nn.Linear(3, 1).to(device), torch.randn(4, 3, device=device)
+
+    def critic_a(v):
+        first.set()
+        assert second.wait(30)
+        return net(v)
+
+    def critic_b(v):
+        second.set()
+        assert gone.wait(30)
+        assert dynamo._stance.stance == "force_eager"
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        return net(v)
+
+    before = dynamo._stance, torch.backends.cuda.flash_sdp_enabled()
+    with ThreadPoolExecutor(2) as pool:
+        a = pool.submit(gradient_penalty, critic_a, x)
+        assert first.wait(30)
+        b = pool.submit(gradient_penalty, critic_b, x)
+        a.result()
+        gone.set()
+        b.result()
+    assert (dynamo._stance, torch.backends.cuda.flash_sdp_enabled()) == before == (before[0], True)
+
+
+def test_products_called_with_keywords(device):
+    w = nn.Parameter(torch.randn(4, 8, 2, dtype=torch.float64, device=device))
+    x = torch.randn(4, 3, 8, dtype=torch.float64, device=device)
+    for product in (
+        lambda v: torch.matmul(input=v, other=w),
+        lambda v: torch.bmm(input=v, mat2=w),
+    ):
+        critic = lambda v, product=product: F.relu(product(v)).square().sum((1, 2))  # noqa: E731
+        got, want = gradient_penalty(critic, x), plain_penalty(critic, x)[0]
+        assert_same_gradients(gradients(got, [w]), gradients(want, [w]), 1e-10)
+
+
+def test_x_as_the_weight_of_an_operation(device):
+    """Of a convolution over fixed images, as in cross-correlation, and of a layer norm."""
+    image = nn.Parameter(torch.randn(8, 3, 9, 9, dtype=torch.float64, device=device))
+    x = torch.randn(4, 3, 3, 3, dtype=torch.float64, device=device)
+    for critic in (
+        lambda v: F.conv2d(image, v).square().mean((0, 2, 3)) + v.flatten(1).sum(1),
+        lambda v: F.layer_norm(image[:4, :, :3, :3], v.shape, v).square().flatten(1).sum(1),
+    ):
+        got, want = gradient_penalty(critic, x), plain_penalty(critic, x)[0]
+        torch.testing.assert_close(got, want)
+        assert_same_gradients(gradients(got, [image]), gradients(want, [image]), 1e-10)
+
+
+def test_sparse_tables_and_nodes_with_a_variable_of_their_own(device):
+    """A sparse gradient stays sparse; a Function may keep what it likes in ctx.variable."""
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = 3
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    table = nn.Embedding(10, 16, sparse=True).to(device)
+    body, head = nn.Linear(6, 16).to(device), nn.Linear(16, 1).to(device)
+    index = torch.arange(4, device=device)
+
+    def critic(v):
+        return head(F.relu(Scale.apply(body(v)) + table(index)))
+
+    (gradient_penalty(critic, torch.randn(4, 6, device=device)) + table(index).sum()).backward()
+    assert table.weight.grad.is_sparse
+
+
+def test_autocast_of_prelu(device):
+    """It answers in the lower precision, as PyTorch's own does."""
+    layer, slope = nn.Conv2d(3, 4, 3).to(device), nn.PReLU(4).to(device)
+
+    def critic(v):
+        with torch.autocast(device, torch.bfloat16):
+            y = slope(layer(v))
+        assert y.dtype == torch.bfloat16
+        return y.float().flatten(1).sum(1)
+
+    gradient_penalty(critic, torch.randn(2, 3, 8, 8, device=device)).backward()
+
+
+def test_in_place_on_the_input_is_refused_before_it_is_written(device):
+    x = torch.randn(4, 6, device=device)
+    before, net = x.clone(), nn.Linear(6, 1).to(device)
+    for in_place in (F.relu_, lambda v: F.leaky_relu(v, 0.1, True)):
+        with pytest.raises(RuntimeError, match="in-place"):
+            gradient_penalty(lambda v, f=in_place: net(f(v)), x)
+        assert torch.equal(x, before)
+
+
+def test_sizes_as_numpy_integers(device):
+    two = np.int64(2)
+    net = nn.Sequential(nn.MaxPool2d(two), nn.AvgPool2d(two), nn.Flatten(), nn.Linear(12, 1))
+    compare(net.to(device, torch.float64), torch.randn(4, 3, 8, 8, device=device).double())
+
+
+def test_where_there_are_no_kernels():
+    """The meta device, which stands for other accelerators."""
+    net = nn.Linear(3, 1, device="meta")
+    assert gradient_penalty(net, torch.randn(4, 3, device="meta")).shape == ()
 
 
 def test_what_is_too_small_runs_plainly(device):

@@ -364,11 +364,13 @@ def no_kernels(monkeypatch):
     from gan_kernels import _info_loss, _library
 
     monkeypatch.setattr(_library, "has_cuda", False)
-    monkeypatch.setattr(_info_loss, "usable", lambda tensor: _library._usable_on_gpu(0))
+    monkeypatch.setattr(
+        _info_loss, "usable", lambda _: _library._usable_on(torch.device("cuda", 0))
+    )
     monkeypatch.setattr(_info_loss, "_forward", None)
-    _library._tried_on_gpu.cache_clear()
+    _library._tried_on.cache_clear()
     yield
-    _library._tried_on_gpu.cache_clear()
+    _library._tried_on.cache_clear()
 
 
 TOLD = pytest.mark.filterwarnings("ignore:gan_kernels computes in plain PyTorch")
@@ -398,6 +400,33 @@ def test_transforms_on_a_gpu_without_kernels(no_kernels):
     compiled = torch.compile(total(info_loss), fullgraph=True, backend="aot_eager")
     (got,) = torch.autograd.grad(compiled(q.requires_grad_()), q)
     torch.testing.assert_close(got, want)
+
+
+@TOLD
+def test_what_the_kernels_refuse_is_refused_without_them(no_kernels):
+    q, category, code, sizes = draw(6, [3], 2, "cpu")
+    for wrong in (
+        (q[:, :6], category, code),  # 3 + 2 + 1 columns
+        (q, category, code[:1]),
+        (q, category[:1], code),
+        (q, category.int(), code),
+        (q.long(), category, code),
+        (q[:0], category[:0], code[:0]),
+    ):
+        with pytest.raises(RuntimeError, match="info_loss: "):
+            info_loss(*wrong, sizes)
+
+
+def test_no_memory_says_nothing_of_the_kernels(monkeypatch):
+    from gan_kernels import _library
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_library, "has_cuda", True)
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _library._usable_on(torch.device("cuda", 0))
 
 
 def test_a_gpu_without_kernels_is_told_once(no_kernels):

@@ -23,7 +23,7 @@ class Asked:
             return need_x, need_w, need_b
         if self.first_pass:
             return need_x, *(
-                need and not t.is_leaf and any(leaf is self.x for leaf in leaves(t))
+                need and any(leaf is self.x for leaf in leaves(t))
                 for need, t in ((need_w, w), (need_b, b))
             )
         return need_x and any(leaf is not self.x for leaf in leaves(x)), need_w, need_b
@@ -52,4 +52,5 @@ def node(function, *args):
 
 def expand(value, n):
     """Return a size, or a list of one or n of them, as a list of n."""
-    return [value] * n if isinstance(value, int) else [*value] * (n if len(value) == 1 else 1)
+    value = [*value] if isinstance(value, (list, tuple)) else [value]
+    return value * n if len(value) == 1 else value

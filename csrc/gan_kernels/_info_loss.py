@@ -49,8 +49,26 @@ def _plain_backward(categorical_gradient, continuous_gradient, q, category, code
     return torch.cat(parts, dim=1).to(q.dtype)
 
 
+def _check(q, category, code, sizes):
+    """Refuse what _forward refuses, but for categories out of range."""
+    if category.dtype != torch.int64 or not q.is_floating_point():
+        raise RuntimeError("info_loss: q must be floating-point and category int64")
+    if code.dtype not in (q.dtype, torch.float32):
+        raise RuntimeError("info_loss: code must be float32 or of q's dtype")
+    shapes = [tuple(t.shape) for t in (q, category, code)]
+    if [len(shape) for shape in shapes] == [2, 2, 2]:
+        (batch, columns), n = shapes[0], shapes[2][1]
+        rest, rows = columns - sum(sizes), [shapes[1], shapes[2]]
+        if batch and rest in (n, 2 * n) and rows == [(batch, len(sizes)), (batch, n)]:
+            return
+    raise RuntimeError(
+        "info_loss: q {}, category {} and code {} do not fit sizes {}".format(*shapes, [*sizes])
+    )
+
+
 def _plain_loss(q, category, code, sizes):
     """Return what _forward returns, for a GPU on which the kernels can not compute."""
+    _check(q, category, code, sizes)
     n = code.shape[1]
     x = q.to(_loss_dtype(q))
     *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)

@@ -9,10 +9,7 @@ import torch
 
 def _find(name):
     """Return the path of the compiled library called name beside this file, or None."""
-    found = sorted(Path(__file__).parent.glob(f"{name}.*so")) or sorted(
-        Path(__file__).parent.glob(f"{name}.pyd")
-    )
-    return found[0] if found else None
+    return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
 
 
 _cpu, _cuda = _find("_cpu"), _find("_cuda")
@@ -39,22 +36,29 @@ def build_info():
 
 def usable(tensor):
     """Whether the kernels can compute where the tensor is; a warning says, once, where not."""
-    return not getattr(tensor, "is_cuda", False) or _usable_on_gpu(tensor.device.index)
+    device = getattr(tensor, "device", None)  # the operators say what is no tensor
+    return device is None or device.type == "cpu" or _usable_on(device)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces, and keeps the answer
-def _usable_on_gpu(index):
-    return _tried_on_gpu(index)
+def _usable_on(device):
+    return _tried_on(device)
 
 
 @functools.cache
-def _tried_on_gpu(index):
+def _tried_on(device):
+    if device.type == "meta":
+        return False
     problem = "it was built without CUDA, or this PyTorch has none"
-    if has_cuda:
+    if device.type != "cuda":
+        problem = f"it has no kernels for {device.type}"
+    elif has_cuda:
         try:  # a GPU that the library was not built for shows at the first kernel
-            ops.penalty(torch.ones(1, 1, device=torch.device("cuda", index)), 1.0)
-            torch.cuda.synchronize(index)
+            ops.penalty(torch.ones(1, 1, device=device), 1.0)
+            torch.cuda.synchronize(device)
             return True
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the kernels
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
     warnings.warn(f"gan_kernels computes in plain PyTorch on this GPU: {problem}", stacklevel=5)

@@ -1,6 +1,7 @@
 """The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
 
 import contextlib
+import threading
 import weakref
 
 import torch
@@ -95,9 +96,11 @@ def _silent_parameters(scores, x, rewritten):
     silent = [bias for node, bias in rewritten.biased if node in leads_to_x]
     for node in reversed(graph):  # parents before children
         if node in below:
-            below.update(graph[node])
-            if hasattr(node, "variable") and id(node.variable) not in left_out:
-                silent.append(node.variable)
+            if not getattr(node, "_saved_sparse", False):  # a zero of such a table is no dense one
+                below.update(graph[node])
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, torch.Tensor) and id(variable) not in left_out:
+                silent.append(variable)
     return silent
 
 
@@ -134,6 +137,8 @@ _unchanged = weakref.WeakKeyDictionary()
 
 def _known(critic):
     """Return what critics that are the same from call to call share, and can be remembered by."""
+    if isinstance(critic, torch.nn.Module):
+        return critic
     known = getattr(critic, "__code__", critic)  # a lambda is made anew, its code is not
     try:
         hash(known), weakref.ref(known)
@@ -151,21 +156,62 @@ def _runs_plainly(critic, x):
     return True
 
 
+_attention = torch.backends.cuda  # whose settings count on a CPU, too
+
+
+class _TwiceDifferentiable:
+    """While a thread is inside, compiled code runs as it was written, and attention unfused.
+
+    Neither could be differentiated twice. Both are settings of the whole process: the last thread
+    to leave restores what the first one found. Done by hand, as contexts within contexts take time.
+    """
+
+    def __init__(self):
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                self.stance = torch.compiler.set_stance("force_eager")  # from here on
+                self.found = (
+                    _attention.flash_sdp_enabled(),
+                    _attention.mem_efficient_sdp_enabled(),
+                    _attention.cudnn_sdp_enabled(),
+                    _attention.math_sdp_enabled(),
+                )
+                self.allow(False, False, False, True)
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.allow(*self.found)
+                self.stance.__exit__(None, None, None)
+
+    @staticmethod
+    def allow(flash, memory_efficient, cudnn, math):
+        _attention.enable_flash_sdp(flash)
+        _attention.enable_mem_efficient_sdp(memory_efficient)
+        _attention.enable_cudnn_sdp(cudnn)
+        _attention.enable_math_sdp(math)
+
+
+_twice_differentiable = _TwiceDifferentiable()
+
+
 def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
     known, rewriting = _known(critic), None
     gradient = None
-    with torch.inference_mode(False), torch.enable_grad():
+    inference = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inference else torch.enable_grad():
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         asked = Asked(x)
         if fused and not _runs_plainly(known, x):
             rewriting = Rewriting(asked)
-        # A compiled critic runs as it was written: compiled code cannot be differentiated twice.
-        with (
-            torch.compiler.set_stance("force_eager"),
-            rewriting or contextlib.nullcontext(),
-        ):
+        with _twice_differentiable, rewriting or contextlib.nullcontext():
             scores = critic(x)
         _check_scores(scores, x)
         if rewriting is not None and _unchanged.get(known, ()) is not None:
@@ -203,7 +249,9 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     A row whose gradient is exactly zero adds target^2 and a zero gradient. On a GPU that the
     kernels were not built for, plain double backward computes it, and a warning says so once.
 
-    Inside torch.compile the penalty itself runs uncompiled, as it does for a compiled critic.
+    Inside torch.compile the penalty itself runs uncompiled, as it does for a compiled critic. While
+    the critic runs, other threads' compiled code runs uncompiled, too, and their attention unfused.
+    The tensor that the critic is given is of use while it runs: its gradient is not whole later.
 
     Args:
         critic: a callable from (batch, ...) to one score a row, (batch,) or (batch, 1); each score

@@ -62,6 +62,9 @@ def _relu_derivative(t, y):
 
 
 def _relu(input, inplace=False):
+    if inplace and input.is_leaf:
+        return NotImplemented  # an error, and to be raised before anything is written
+
     def run(x):
         y = aten.relu_(x) if inplace else aten.relu(x)
         return y, (y,)
@@ -70,8 +73,8 @@ def _relu(input, inplace=False):
 
 
 def _leaky_relu(input, negative_slope=0.01, inplace=False):
-    if inplace and negative_slope < 0:
-        return NotImplemented  # the sign of the output no longer tells that of the input
+    if inplace and (input.is_leaf or negative_slope < 0):
+        return NotImplemented  # as for relu; or the output's sign no longer tells the input's
 
     def run(x):
         if inplace:
@@ -86,7 +89,7 @@ def _leaky_relu(input, negative_slope=0.01, inplace=False):
 
 
 def _prelu(input, weight):
-    if input.dim() < 2 or weight.dim() > 1:
+    if input.dim() < 2 or weight.dim() > 1 or input.dtype != weight.dtype:
         return NotImplemented
     if weight.numel() > 1:
         weight = weight.view(-1, *[1] * (input.dim() - 2))
@@ -104,7 +107,7 @@ def _avg_pool2d(
     divisor_override=None,
 ):
     kernel = expand(kernel_size, 2)
-    stride = kernel if stride is None or stride == () else expand(stride, 2)
+    stride = kernel if stride is None else expand(stride, 2) or kernel
     conf = kernel, stride, expand(padding, 2), ceil_mode, count_include_pad, divisor_override
 
     def pool(t, _):
@@ -128,7 +131,7 @@ def _max_pool2d(
     if return_indices:
         return NotImplemented
     kernel = expand(kernel_size, 2)
-    stride = kernel if stride is None or stride == () else expand(stride, 2)
+    stride = kernel if stride is None else expand(stride, 2) or kernel
     conf = kernel, stride, expand(padding, 2), expand(dilation, 2), ceil_mode
 
     def run(x):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gan_kernels._convolution import CONVOLUTIONS
@@ -27,18 +26,21 @@ _REWRITTEN = {
     **NORMS,
     **{f: lambda asked, *a, g=g, **k: g(*a, **k) for f, g in PIECEWISE_LINEAR.items()},
 }
-_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _WEIGHTED = {F.linear, *CONVOLUTIONS}
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
 # The usual operations with curvature: through what is below them gradients flow in any case.
 _CURVED = {
     *NORMS,
-    *_ATTENTION,
+    *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
     *(F.elu, F.gelu, F.silu, F.softplus, F.softmax),
     *(torch.tanh, torch.sigmoid, torch.softmax, torch.sin),
     *(torch.Tensor.tanh, torch.Tensor.sigmoid, torch.Tensor.softmax),
 }
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _first(args, kwargs):
+    return kwargs["input"] if "input" in kwargs else args[0]
 
 
 def _applies(x, args, kwargs):
@@ -64,11 +66,7 @@ class Rewriting(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         y = self._rewritten(func, args, kwargs) if func in _REWRITTEN else NotImplemented
-        if func in _ATTENTION:  # of its forms one can be differentiated twice
-            self.changed = True
-            with sdpa_kernel(SDPBackend.MATH):
-                y = func(*args, **kwargs)
-        elif y is NotImplemented:
+        if y is NotImplemented:
             y = func(*args, **kwargs)
         else:
             self.changed = True
@@ -82,7 +80,7 @@ class Rewriting(TorchFunctionMode):
         if type(y) is torch.Tensor and y.requires_grad:
             self.work = ELEMENT * y.numel() + (0 if func in _CURVED else self.work)
             if func in _PRODUCTS:
-                self.work += y.numel() * args[0].shape[-1]
+                self.work += y.numel() * _first(args, kwargs).shape[-1]
             elif func in _WEIGHTED:
                 weight = kwargs.get("weight", args[1] if args[1:] else None)
                 if isinstance(weight, torch.Tensor):
@@ -105,7 +103,7 @@ class Rewriting(TorchFunctionMode):
             return NotImplemented
         if _top_saved_tensors_default_hooks(False) is not None:
             return NotImplemented  # a checkpoint would run it again, and not rewritten
-        x = kwargs["input"] if "input" in kwargs else args[0]
+        x = _first(args, kwargs)
         if not _applies(x, args, kwargs):
             return NotImplemented
         if func in PIECEWISE_LINEAR and not self._silences(x):
