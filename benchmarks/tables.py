@@ -38,13 +38,14 @@ MEASURES = ("column_shapes", "pair_trends", "rare_categories_kept", "rare_freque
 MEASURES += ("f1_mean", "f1_boosting", "auc_boosting", "condition_obeyed", "condition_obeyed_worst")
 NOTES = f"""\
 Both see packs of ten rows, which is not ctgan.py's default. Set-up is all before the first update:
-finding modes, encoding, what sampling needs, networks. An update is its share of the median epoch.
-Memory is what {UPDATES} updates of CTGAN add to the peak of a process, on a simulated table of 24
-columns, 16 of them discrete and one of these with 5,000 categories; a process had {CAP >> 30} GB at
-most. Quality is that of as many rows as were trained on: shapes and trends beside the held-out
-rows; the F1 and the area under the ROC curve, on these, of classifiers that were trained on
-synthetic rows. `real` has real rows in their place: the training rows, for the rare categories the
-held-out ones. Of `rare_frequency_error` less is better.
+finding modes, encoding, networks; of ctgan 0.12.1 also what its sampling needs. What ctgan.py's
+needs, to rake, it finds with its first rows, which have a line of their own. An update is its share
+of the median epoch. Memory is what {UPDATES} updates of CTGAN add to the peak of a process, on a
+simulated table of 24 columns, 16 of them discrete and one of these with 5,000 categories; a process
+had {CAP >> 30} GB at most. Quality is that of as many rows as were trained on: shapes and trends
+beside the held-out rows; the F1 and the area under the ROC curve, on these, of classifiers that
+were trained on synthetic rows. `real` has real rows in their place: the training rows, for the rare
+categories the held-out ones. Of `rare_frequency_error` less is better.
 
 Known of ctgan 0.12.1, and left as it is: to sample, it draws conditions by the logarithm of their
 frequency, so that rare values come too often; asked for a value, it passes the right condition on
@@ -252,7 +253,8 @@ def speed(contestants, model, epochs, updates):
             ("update", 1.7): update,
             (f"whole fit, {epochs} epochs", 2): runs[-1][name].sum(axis=0),
             ("300 epochs, by set-up and update", 2): setup + 300 * updates * update,
-            (f"{SAMPLED:,} rows sampled", 1): np.median([s[name] for s in samples], axis=0),
+            (f"first {SAMPLED:,} rows sampled", 1): samples[0][name],
+            (f"{SAMPLED:,} rows sampled", 1): np.median([s[name] for s in samples[1:]], axis=0),
         }
     return {row: {name: found[name][row] for name in found} for row in found[name]}
 
@@ -292,6 +294,7 @@ def main():
         cells = [f"more than {CAP >> 20:,}" if x is None else f"{x >> 20:,}" for x in taken]
         ratio = f"{(taken[1] or CAP) / taken[0]:.1f}" + " or more" * (taken[1] is None)
         memories.append([f"{rows:,}", *cells, ratio, "2"])
+        print(*memories[-1], flush=True)  # each as it is there; the table follows
 
     ctgan = load_script(ROOT, "ctgan")
     if args.smoke:
@@ -319,6 +322,7 @@ def main():
                 a, b = seconds[this][unit], seconds[other][unit]
                 cells += [f"{a:.3g}", f"{b:.3g}", f"{b / a:.2f}"]
             speeds.append([*cells, f"{asked}" if model == "ctgan" else ""])
+            print(*speeds[-1], flush=True)
         found = []
         for ask in contestants.values():
             made = ask("sample", n)[1]
@@ -327,6 +331,7 @@ def main():
             cells = [f"{x[name]:.3f}" if name in x else "" for x in (*found, real)]
             if any(cells[:2]):
                 qualities.append([model, name, *cells])
+                print(*qualities[-1], flush=True)
     stop(contestants)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,13 +1,14 @@
 """Speed of one whole training update, beside the machine's own matrix-product rate in the same run.
 
     python benchmarks/training.py        # prints the table, writes benchmarks/training-<device>.md
-    python benchmarks/training.py --against ../other   # and another checkout's updates, in turn
+    python benchmarks/training.py --against ../other   # and another checkout's scripts, in turn
     python benchmarks/training.py --smoke              # three repeats, nothing written
 
 The floating-point operations of an update are counted from the shapes of its matrix products and
 convolutions (torch.utils.flop_counter); the machine's rate is that of a float32 product of two
 2048 x 2048 matrices. All times are medians of repeats taken in turn, so that a change of the
-machine's speed falls on all alike. On a GPU every update is timed as single operations, as a
+machine's speed falls on all alike. Another checkout's scripts run with the gan_kernels installed
+here; those that it lacks are left out. On a GPU every update is timed as single operations, as a
 captured graph, and as a graph of compiled networks; the profiler counts its kernels and the share
 of time they run.
 """
@@ -130,6 +131,8 @@ def main():
     updates, taken, operations = {}, {}, {}
     for name, kernels in ROWS:
         for version, folder in versions.items():
+            if not (folder / f"{name}.py").exists():
+                continue
             script = load_script(folder, name)
             with Operations() as counter:
                 whole_update(script, kernels, GPU_MODES[0], images)[0]()
@@ -163,8 +166,8 @@ def main():
             launched, busy = kernels_of(updates[row], time)
             cells += [mode, str(launched), f"{busy:.2f}"]
         if args.against:
-            other = times["against", name, kernels, mode]
-            cells += [version, f"{other / time:.2f}" if version == "this" else ""]
+            other = times.get(("against", name, kernels, mode))
+            cells += [version, f"{other / time:.2f}" if other and version == "this" else ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

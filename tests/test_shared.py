@@ -62,6 +62,21 @@ def test_sync_copies_the_blocks_of_the_file_that_was_edited(tmp_path):
     assert sync(tmp_path).returncode == 0 and "def run_updates(" in tables.read_text()
 
 
+def test_sync_refuses_a_file_that_lost_a_marker(tmp_path):
+    """Its blocks would go on to the next marker, and so into every other file."""
+    for path in ("evaluate.py", "tools/sync_shared.py", "infogan.py", "cgan.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    edited, other = tmp_path / "cgan.py", tmp_path / "infogan.py"
+    whole, before = edited.read_text(), other.read_text()
+    for marker in ("# --- end shared ---\n", "# --- shared: data ---\n"):
+        edited.write_text(whole.replace(marker, "", 1))
+        done = sync(tmp_path, "cgan.py")
+        assert done.returncode == 1 and done.stderr.startswith("cgan.py: each '# --- shared")
+        assert other.read_text() == before
+    assert "choose from" in sync(tmp_path, "nosuch.py").stderr
+
+
 @pytest.mark.parametrize("script", ALL)
 def test_shared_blocks_stand_last_and_alone(script):
     method, plumbing = text_of(script).split("# ====")

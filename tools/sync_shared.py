@@ -4,6 +4,7 @@ python tools/sync_shared.py cgan.py    # cgan.py's are the truth; infogan.py's w
 python tools/sync_shared.py --check    # writes nothing; exit code 1 where blocks differ
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -17,9 +18,15 @@ SCRIPTS = ast.literal_eval(re.search(r"^SCRIPTS = (.*)", EVALUATE, re.M)[1])  # 
 
 def sync(first="infogan.py", check=False):
     """The differences, as lines; each block is as in the first file that has it."""
+    names = dict.fromkeys([first, *sorted(path.name for path in ROOT.glob("*.py"))])
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    for name, text in texts.items():  # a lost marker would spread
+        whole, ends = len(BLOCK.findall(text)), len(re.findall(r"^# --- end shared", text, re.M))
+        if not whole == ends == len(re.findall(r"^# --- shared", text, re.M)):
+            sys.exit(f"{name}: each '# --- shared: NAME ---' needs its '# --- end shared ---'")
     blocks, differences = {}, []
-    for name in dict.fromkeys([first, *sorted(path.name for path in ROOT.glob("*.py"))]):
-        before = text = (ROOT / name).read_text(encoding="utf-8")
+    for name, before in texts.items():
+        text = before
         for block in BLOCK.finditer(before):
             source, wanted = blocks.setdefault(block[1], (name, block[0]))
             if block[0] != wanted:
@@ -31,8 +38,12 @@ def sync(first="infogan.py", check=False):
 
 
 if __name__ == "__main__":
-    check = "--check" in sys.argv
-    differences = sync(*(name for name in sys.argv[1:] if name != "--check"), check=check)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    files = sorted(path.name for path in ROOT.glob("*.py"))
+    parser.add_argument("file", nargs="?", default="infogan.py", choices=files, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1")
+    args = parser.parse_args()
+    differences = sync(args.file, args.check)
     print(*differences, sep="\n", end="\n" * bool(differences))
-    if differences and check:
+    if differences and args.check:
         sys.exit("python tools/sync_shared.py FILE copies the blocks of FILE to the others")
