@@ -402,6 +402,21 @@ def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
     assert ("shifted" in rows) == ("--shift" not in flags) and len(rows) >= 9
 
 
+def test_a_row_that_diverges_is_left_out_and_the_others_stand(monkeypatch, capsys):
+    data, step = made_data(), oversampling.latent_step
+    full = model_of(data, "--counts", "12", "4", "2", "--rows", "nothing", "weights", "copies")
+
+    def diverges(model, x, label, weight=None, **others):
+        step(model, x, label, weight=weight, **others)
+        if weight is not None:
+            next(model.encoder.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(oversampling, "latent_step", diverges)
+    results = oversampling.table(full, data, 1)
+    assert [result["row"] for result in results] == ["nothing", "copies", "full"]
+    assert "weights, seed 0, is left out: nan after training" in capsys.readouterr().out
+
+
 def test_part_filled_classes_are_five_times_as_large_at_most(monkeypatch):
     data, seen = made_data(), []
     full = model_of(data, "--counts", "12", "4", "2")
