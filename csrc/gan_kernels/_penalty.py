@@ -137,9 +137,9 @@ _unchanged = weakref.WeakKeyDictionary()
 
 def _known(critic):
     """Return what critics that are the same from call to call share, and can be remembered by."""
-    if isinstance(critic, torch.nn.Module):
-        return critic
-    known = getattr(critic, "__code__", critic)  # a lambda is made anew, its code is not
+    # A lambda is made anew, its code is not. A module that is asked for one takes its time.
+    module = isinstance(critic, torch.nn.Module)
+    known = critic if module else getattr(critic, "__code__", critic)
     try:
         hash(known), weakref.ref(known)
     except TypeError:
