@@ -55,7 +55,8 @@ inline bool is_floating(ScalarType type) {
 
 inline int32_t device_type(const Tensor& tensor) {
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  // not the macro of the same name with STABLE_ before it, which is of PyTorch 2.13
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
 }
 
@@ -72,7 +73,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
     strides[d] = strides[d + 1] * std::max<int64_t>(size[d + 1], 1);
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(),
       size,
       strides,
