@@ -1092,12 +1092,12 @@ def test_small_tables_have_as_many_updates_as_promised(n, updates):
     assert updates <= args.epochs * steps < updates + steps or args.epochs == 300
 
 
-def test_packs_by_default_are_of_numbers_alone_where_ctgan_s_batch_has_tens():
+def test_packs_by_default_are_of_numbers_alone_where_ctgan_s_batch_has_fives():
     numbers = {"x": np.random.default_rng(0).normal(size=200)}
     for flags, pac in (
-        ([], 10),
+        ([], 5),
         (["--batch-size", 64], 1),
-        (["--batch-size", 60], 10),
+        (["--batch-size", 65], 5),
         (["--model", "tvae", "--batch-size", 64], 1),
     ):
         assert model_of(numbers, *flags)[0].args.pac == pac
