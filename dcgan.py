@@ -57,7 +57,7 @@ import socket
 import sys
 import time
 from collections import namedtuple
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -773,7 +773,7 @@ def train(args, state=None):
     """Trains to the end, from the start or from a checkpoint's state, and leaves a run's folder."""
     device = choose_device(args.device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", None, timedelta(1))
     if RANK > 0:
         dist.barrier()  # the first process downloads
     data = load_data(args, device)
@@ -826,7 +826,7 @@ def run_updates(args, model, data, state):
             order = torch.randperm(len(data.train), generator=shuffle).to(device).split(size)
         noise.manual_seed(hash((args.seed, step, RANK)))
         named = update(*model.batch(data, order[at][RANK::WORLD]))
-        losses.append(torch.stack([loss.detach() for loss in named.values()]))
+        losses.append(torch.stack([*named.values()]))
         measuring = step == total or step % stage % 1000 == 0
         if not measuring and step % args.log_every:
             continue
@@ -853,11 +853,11 @@ def run_updates(args, model, data, state):
 
 
 def stepper(args, model, device):
-    """train_step as a function of a batch alone; on CUDA captured in a graph and replayed."""
+    """train_step of a batch alone, without autocast's cache; on CUDA a graph, which is replayed."""
     tf32, bf16 = args.precision == "tf32", args.precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    cast = torch.autocast(device.type, torch.bfloat16, bf16, False)  # a cache would be stale
-    step, warm, kept = cast(functools.partial(train_step, model)), iter(range(3)), []
+    cast, warm, kept = torch.autocast(device.type, torch.bfloat16, bf16, False), iter(range(3)), []
+    step = cast(lambda *batch: {k: v.detach() for k, v in train_step(model, *batch).items()})
     for x in model.optimizers:
         x.register_step_pre_hook(lambda x, *_: average(p.grad for p in x.param_groups[0]["params"]))
 

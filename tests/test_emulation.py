@@ -43,6 +43,10 @@ CHANGES = {
     "too little shared memory": ("bounds", INFO, "size_t(bytes)", "size_t(bytes) / 2", 0),
     "too much shared memory": ("more than 48 KiB", INFO, "bytes <= shared_bytes", "true", 0),
     "the default stream": ("current stream", INFO, "current_stream(q)", "nullptr", 0),
+    "another device's guard": (
+        "guarded device", PENALTY, "gradient.get_device_index()", "0", 0),
+    "a result that is added to": (
+        "values", "norm_cuda.cu", "*group_weight = products", "*group_weight += products", 0),
     "an unchecked launch": ("not checked", PENALTY, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "{}", 0),
     "an unchecked last launch": (
         "not checked", PENALTY, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "{}", 2),

@@ -7,6 +7,7 @@ import gan_kernels
 import pytest
 import torch
 from gan_kernels import info_loss
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infogan import info_loss_reference
 
@@ -415,6 +416,20 @@ def test_what_the_kernels_refuse_is_refused_without_them(no_kernels):
     ):
         with pytest.raises(RuntimeError, match="info_loss: "):
             info_loss(*wrong, sizes)
+
+
+def test_more_codes_than_the_cuda_kernels_take_are_computed_plainly(monkeypatch):
+    """A table of 257 columns, say, by TVAE."""
+    from gan_kernels import _info_loss
+
+    n = _info_loss.CUDA_CODES + 1
+    monkeypatch.setattr(_info_loss, "usable", lambda _: True)
+    monkeypatch.setattr(_info_loss, "_forward", None)
+    with FakeTensorMode():
+        q = torch.empty(4, 2 * n, device="cuda")
+        category = torch.zeros(4, n, dtype=torch.int64, device="cuda")
+        a, b = info_loss(q, category, q[:, :0], [2] * n)
+    assert a.shape == b.shape == () and a.device.type == "cuda"
 
 
 def test_no_memory_says_nothing_of_the_kernels(monkeypatch):

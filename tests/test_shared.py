@@ -403,7 +403,8 @@ def losses_of(script, steps, device, *flags):
     index = torch.arange(200, device=device).repeat(5).split(model.samples_per_step)
     for i in range(steps):
         torch.manual_seed(i)
-        losses.append(torch.stack([*step(*model.batch(data, index[i])).values()]).detach().clone())
+        losses.append(torch.stack([*step(*model.batch(data, index[i])).values()]).clone())
+    assert not losses[0].requires_grad  # a loss that is kept would keep its graph
     return torch.stack(losses)
 
 

@@ -7,6 +7,8 @@ from torch._C import _are_functorch_transforms_active
 
 from gan_kernels._library import ops, usable
 
+CUDA_CODES = 256  # categorical codes that the CUDA kernels take
+
 _forward = ops.info_loss.default
 _backward = ops.info_loss_backward.default
 
@@ -126,7 +128,8 @@ def info_loss(q, category, code, sizes):
     log(2 pi) / 2) for the continuous ones. Source: Chen et al. 2016, eq. 5 and section 6.
 
     Differentiable in q and code, to any order (from the second on in plain PyTorch). On a GPU that
-    the kernels were not built for it is computed in plain PyTorch, and a warning says so once.
+    the kernels were not built for it is computed in plain PyTorch, and a warning says so once; on
+    CUDA also where there are more than 256 categorical codes.
 
     Args:
         q: Q's output [logits of each categorical code | mean | log variance], of shape (batch,
@@ -144,7 +147,7 @@ def info_loss(q, category, code, sizes):
             or holds a category outside its range. On CUDA such a category gives NaN instead, as
             finding it would wait for the device.
     """
-    if not usable(q):
+    if not usable(q) or (q.is_cuda and len(sizes) > CUDA_CODES):
         return _plain_loss(q, category, code, sizes)
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return _TransformedInfoLoss.apply(q, category, code, sizes)

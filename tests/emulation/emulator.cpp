@@ -93,6 +93,7 @@ struct Watched {
     cell.live = true;
     cell.shared = shared;
     std::fill_n(&this->cell(uintptr_t(at)), (bytes + 1) / 2, cell);
+    if (!shared) std::memset(at, 0xFF, bytes);  // NaN, where a kernel counts on zeros
     return at;
   }
 
@@ -145,7 +146,13 @@ const void* body_of = nullptr;
 const char* kernel = "";
 std::string problem;
 uint32_t epoch = 0, block_epoch = 0, launch_epoch = 0;  // counts the barriers, across launches
-int guards = 0;
+int guards = 0, guarded = 0;  // how many there are, and the device of the last
+
+// One for each device; -1 is the CPU, which stands for a GPU.
+cudaStream_t stream_of(int device) {
+  static char streams[16];
+  return reinterpret_cast<cudaStream_t>(&streams[device + 1]);
+}
 bool unchecked = false;
 std::unordered_map<const void*, std::pair<void*, size_t>> shared_variables;
 
@@ -360,7 +367,7 @@ void Launch::run(void (*start)(const void*), const void* thread) const {
   emulated::kernel = kernel;
   if (std::exchange(unchecked, true)) fail("the launch before was not checked");
   if (!guards) fail("launched without a device guard");
-  if (stream != reinterpret_cast<cudaStream_t>(&guards)) fail("not on the current stream");
+  if (stream != stream_of(guarded)) fail("not on the current stream of the guarded device");
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (!threads || threads > max_threads || block.z > 64) fail("invalid block");
   if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
@@ -401,8 +408,9 @@ cudaError_t cudaGetLastError() {
 
 // In place of PyTorch's own functions for CUDA, and of ThreadSanitizer's.
 extern "C" {
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+AOTITorchError aoti_torch_create_device_guard(int32_t device, DeviceGuardHandle* guard) {
   ++emulated::guards;
+  emulated::guarded = device;
   *guard = reinterpret_cast<DeviceGuardHandle>(&emulated::guards);
   return AOTI_TORCH_SUCCESS;
 }
@@ -410,8 +418,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   --emulated::guards;
   return AOTI_TORCH_SUCCESS;
 }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = &emulated::guards;
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  *stream = emulated::stream_of(device);
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError torch_c10_cuda_check_msg(
