@@ -300,12 +300,42 @@ def test_parzen_of_normal_samples():
     assert torch.allclose(got, want, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_those_of_the_two_losses(name):
+    model, data = model_and_data("--network", name, "--lr-d", "0", "--lr-g", "0")
+    (real, label), bce = model.batch(data, torch.arange(16)), F.binary_cross_entropy_with_logits
+    G, D, one = model.generator, model.discriminator, torch.ones(16)
+    torch.manual_seed(1)
+    fake = G(G.draw(16), label)
+    of_d = bce(D(real, label), one) + bce(D(fake.detach(), label), 0 * one)
+    losses = (of_d, D), (bce(D(fake, label), one), G)
+    wanted = [torch.autograd.grad(loss, [*net.parameters()]) for loss, net in losses]
+    torch.manual_seed(1)
+    cgan.train_step(model, real, label)
+    for net, grads in zip((D, G), wanted):
+        for p, g in zip(net.parameters(), grads):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
+    rates = "--lr-g", "0.25", "--lr-d", "0.5"
+    model, _ = model_and_data("--network", name, *rates)
+    optimizers = model.optimizer_g, model.optimizer_d
+    assert [x.param_groups[0]["lr"] for x in optimizers] == [0.25, 0.5]
+
+
+def test_classifier_learns_from_training_images_alone(digits, monkeypatch):
+    monkeypatch.setattr(cgan.train_classifier, "__defaults__", (0, 20, 16))
+    others = digits._replace(test_labels=(digits.test_labels + 1) % 10)
+    one, accuracy = cgan.train_classifier(digits)
+    other, wrong = cgan.train_classifier(others)
+    assert same(one.state_dict(), other.state_dict()) and accuracy != wrong
+
+
 def test_parzen_figures_choose_sigma_on_training_images_and_score_the_test_images():
     """Images a known distance from the samples: the best sigma is that distance over root d."""
     rng = torch.Generator().manual_seed(0)
     sample = torch.full((1, 1, 28, 28), 0.5)
-    images = 127.5 + 51 * torch.randn(1200, 1, 28, 28, generator=rng)  # 0.2 in [0, 1]
-    images = images.clamp(0, 255).byte()
+    noise = 0.2 * torch.randn(1200, 1, 28, 28, generator=rng)
+    noise[1000:] *= 0.5  # test images are nearer, and have no say in it
+    images = (127.5 + 255 * noise).clamp(0, 255).byte()
     data = cgan.Data("made", ["a", "b"], images[:1000], None, images[1000:], None)
     figures = cgan.parzen_figures(sample, data)
     assert abs(figures["parzen_sigma"] / 0.2 - 1) < 0.06  # the grid's step is 11 %

@@ -128,6 +128,25 @@ def test_step_updates_d_then_g_from_the_same_fakes():
 
 
 # ------------------------------------------------------------------ sampling
+@pytest.mark.parametrize("flags", [[], ["--label"]])
+def test_gradients_are_those_of_the_two_losses(flags):
+    data = made_data()
+    model = model_of(data, "--lr", "0", *flags).train()
+    assert [x.defaults["betas"] for x in model.optimizers] == [(0.5, 0.999)] * 2
+    real, label = model.batch(data, torch.arange(16))
+    G, D, bce = model.generator, model.discriminator, nn.functional.binary_cross_entropy_with_logits
+    torch.manual_seed(1)
+    fake, one = G(G.draw(16), label), torch.ones(16)
+    of_d = bce(D(real, label), one) + bce(D(fake.detach(), label), 0 * one)
+    losses = (of_d, D), (bce(D(fake, label), one), G)
+    wanted = [torch.autograd.grad(loss, [*net.parameters()]) for loss, net in losses]
+    torch.manual_seed(1)
+    dcgan.train_step(model, real, label)
+    for net, grads in zip((D, G), wanted):
+        for p, g in zip(net.parameters(), grads):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
+
+
 def test_image_follows_from_its_noise_alone():
     g = networks()[0].eval()
     many = dcgan.sample(g, 30, seed=3)
@@ -306,6 +325,16 @@ def test_arithmetic_of_a_generator_that_adds(monkeypatch):
 
 
 # ------------------------------------------------------------------ runs
+@pytest.mark.parametrize("flags", [[], ["--label"]])
+def test_estimates_while_training_are_of_test_images(flags, monkeypatch):
+    data, seen = made_data(), []
+    for name in ("svm_error", "nearest_error"):
+        monkeypatch.setattr(dcgan, name, lambda *a: seen.append(a) or np.zeros(1))
+    dcgan.evaluate(model_of(data, *flags), data)
+    points, truth = seen[0][:2] if flags else (data.test, seen[0][3][1])
+    assert np.array_equal(truth, data.test_labels) and torch.equal(points, data.test)
+
+
 def test_run_measures_features_and_controls(monkeypatch):
     monkeypatch.setattr(dcgan.train_classifier, "__defaults__", (0, 20, 16))
     monkeypatch.setattr(dcgan, "PENALTIES", (0.001, 0.01))

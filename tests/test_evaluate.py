@@ -129,6 +129,30 @@ def test_table_of_two_generators(run, capsys):
         assert image.size[0] > 500
 
 
+def test_the_ceiling_is_half_of_the_test_set_beside_the_other_half(run, monkeypatch):
+    seen, scores, train = [], evaluate.scores, evaluate.train_classifier
+
+    def recorded(classifier, real, radii, images, classes):
+        seen.append((classifier, real, images))
+        return scores(classifier, real, radii, images, classes)
+
+    def trained(data):
+        seen.append(data.test / 255)
+        return train(data)
+
+    monkeypatch.setattr(evaluate, "scores", recorded)
+    monkeypatch.setattr(evaluate, "train_classifier", trained)
+    evaluate.main([run])
+    test, (classifier, real, held) = seen[:2]
+    own = {image.numpy().tobytes() for image in held}
+    assert own <= {image.numpy().tobytes() for image in test}
+    assert len(own) == len(held) == len(test) // 2
+    others = torch.stack([image for image in test if image.numpy().tobytes() not in own])
+    with torch.no_grad():
+        features = classifier(others)[0]
+    assert torch.allclose(real.sort(dim=0).values, features.sort(dim=0).values, atol=1e-5)
+
+
 @pytest.mark.parametrize("script", evaluate.SCRIPTS[1:])
 def test_other_scripts_are_scored(script, run):
     evaluate.main([run, trained(script, script=script)])

@@ -230,6 +230,39 @@ def test_alternate_is_algorithm_1(monkeypatch):
     assert parse(["--alternate"]).alternate == 1 and parse([]).alternate is None
 
 
+def test_gradients_of_algorithm_1_are_of_a_part_of_the_batch_each():
+    model, data = made_model("--alternate", 2, "--lr", "0")
+    lively(model)
+    (real,) = model.batch(data, torch.arange(20))
+    G, D, seen = model.generator, model.discriminator, []
+    torch.manual_seed(3)
+    for x in real.chunk(2):
+        d_fake, d_real = D(G(G.draw(10))).sigmoid(), D(x).sigmoid()
+        of_d = -(d_real.log().mean() + (1 - d_fake).log().mean()) / 2
+    on_d = torch.autograd.grad(of_d, [*D.parameters()])
+    on_g = torch.autograd.grad(-D(G(G.draw(10))).sigmoid().log().mean(), [*G.parameters()])
+    D.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(3)
+    gan.train_step(model, real)
+    assert torch.equal(torch.cat(seen[1:4:2]), real)
+    for net, grads in ((D, on_d), (G, on_g)):
+        for p, g in zip(net.parameters(), grads):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-7)
+
+
+def test_evaluation_is_of_held_out_images_and_samples():
+    model, data = made_model()
+    data = data._replace(test=data.test // 2)  # darker than samples, which this D can tell
+    model.discriminator.forward = lambda x: 8 * x.flatten(1).mean(dim=1) - 3
+    found, sure = gan.evaluate(model.eval(), data), 1 / (1 + math.exp(-1))
+    assert found["d_real"] == pytest.approx(1 - sure, abs=0.02)
+    assert found["d_fake"] == pytest.approx(sure, abs=0.02)
+    assert found["value"] == pytest.approx(2 * math.log(1 - sure), abs=0.05)
+    others = data.train.clone()
+    others[torch.arange(60) % 7 < 6] = 0
+    assert gan.evaluate(model, data._replace(train=others)) == found
+
+
 def test_every_seventh_image_is_held_out():
     model, data = made_model()
     (seen,) = model.batch(data, torch.arange(14))

@@ -227,6 +227,45 @@ def test_losses_are_those_of_the_paper():
     assert math.isclose(losses["mi_categorical"].item(), 0, abs_tol=1e-5)
 
 
+@pytest.mark.parametrize("flags", [[], ["--baseline"]])
+def test_gradients_are_those_of_equation_6(flags, monkeypatch):
+    """Of D's loss and of G's, with lambdas of their own, on images that are all moved."""
+    own = [
+        "--lambda-categorical",
+        "0.7",
+        "--lambda-continuous",
+        "0.2",
+        "--lr-d",
+        "0",
+        "--lr-g",
+        "0",
+    ]
+    model, data = model_and_data(*own, *flags, "--kernels", "reference")
+    (real,), calls = model.batch(data, torch.arange(16)), []
+    monkeypatch.setattr(infogan, "augment", lambda x, *by: calls.append((len(x), by)) or x)
+    G, D, bce = model.generator, model.discriminator, F.binary_cross_entropy_with_logits
+    torch.manual_seed(3)
+    latent = G.draw(16)
+    fake, one = G(*latent), torch.ones(16)
+
+    def weighted(q):
+        categorical, continuous = infogan.info_loss_reference(q, *latent[1:], G.categorical)
+        return 0.7 * categorical + 0.2 * continuous
+
+    (score_real, _), (score_fake, q) = D(real), D(fake.detach())
+    of_d = bce(score_real, one) + bce(score_fake, 0 * one) + weighted(q)
+    score, q = D(fake)
+    of_g = bce(score, one) + (0 if flags else weighted(q))
+    losses = (of_d, D), (of_g, G)
+    wanted = [torch.autograd.grad(x, [*net.parameters()], retain_graph=True) for x, net in losses]
+    torch.manual_seed(3)
+    infogan.train_step(model, real)
+    for net, grads in zip((D, G), wanted):
+        for p, g in zip(net.parameters(), grads):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5)
+    assert calls == [(16, (2.0, 9.0))] * 3
+
+
 def test_augmentation_moves_real_and_generated_images_alike():
     torch.manual_seed(0)
     image = torch.zeros(200, 1, 28, 28)

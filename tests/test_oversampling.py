@@ -191,6 +191,43 @@ def test_class_weights_weigh_the_loss():
     assert losses.keys() == {"loss_points"}  # tuples of one are not mixed
 
 
+def test_critics_gradient_is_wgan_gps(monkeypatch):
+    monkeypatch.setattr(oversampling, "weights", equal_weights)
+    flags = ["--n-critic", "1", "--gp-weight", "3", "--kernels", "reference"]
+    model = model_of(made_data(), *flags)
+    x, label = model.batch(None, range(6))
+    C, D, penalty = (
+        copy.deepcopy(model.critic),
+        copy.deepcopy(model.decoder),
+        model.gradient_penalty,
+    )
+    seen = []
+    model.gradient_penalty = lambda critic, v: seen.append(v) or penalty(critic, v)
+    oversampling.train_step(model, x, label)
+    with torch.no_grad():
+        fake = D(model.generator.mix(x[1, :, :-1], label), label)
+    loss = C(fake, label).mean() - C(x[1, :, -1], label).mean()
+    (loss + 3 * penalty(lambda v: C(v, label), seen[0])).backward()
+    for ours, p in zip(model.critic.parameters(), C.parameters()):
+        torch.testing.assert_close(ours.grad, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_flags_reach_what_they_are_for(monkeypatch):
+    moves = []
+    monkeypatch.setattr(oversampling, "moved", lambda x, most: moves.append(most) or x)
+    model = model_of(made_data(), "--shift", "3", "--lr", "0.25", "--lr-d", "0.5")
+    model.batch(None, range(6))
+    assert moves == [3, 3]  # the tuples and what is real to the critic
+    for optimizer, lr, decay in (
+        (model.optimizer_e, 0.25, 1e-3),
+        (model.optimizer_m, 0.25, 0),
+        (model.optimizer_d, 0.5, 0),
+        (model.optimizer_c, 0.5, 0),
+    ):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (lr, decay)
+
+
 @pytest.mark.parametrize("class_weight", ["0", "3"])
 def test_critic_and_decoder_have_wgan_gps_losses(class_weight, monkeypatch):
     monkeypatch.setattr(oversampling, "weights", equal_weights)
@@ -381,13 +418,90 @@ def test_rows_of_the_table_differ_in_what_they_see_alone(name, monkeypatch):
     assert name == "uniform" or same(dict(started[0]), dict(began))
 
 
-@pytest.mark.parametrize("flags", [["--mixer", "uniform"], ["--precision", "bf16"], ["--shift", 3]])
-def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
-    """Mixtures by M or by uniform alpha, in the run's precision, with moved images one row less."""
-    data, mixers, precise = made_data(), [], []
-    full = model_of(
-        data, "--counts", "12", "4", "2", "--rows", *oversampling.ROWS, *map(str, flags)
+@pytest.mark.parametrize("name", [name for name in oversampling.ROWS if name != "full"])
+def test_rows_are_made_of_what_they_are_named_for(name, monkeypatch):
+    data, made, moves, tuples = made_data(), [], [], []
+    full = model_of(data, "--counts", "12", "4", "2", "--shift", "3")
+    for maker in ("generated", "pixel_smote"):
+        make = getattr(oversampling, maker)
+
+        def recorded(*given, make=make, maker=maker):
+            made.append(maker)
+            return make(*given)
+
+        monkeypatch.setattr(oversampling, maker, recorded)
+    monkeypatch.setattr(oversampling, "moved", lambda x, most: moves.append(most) or x)
+    monkeypatch.setattr(
+        oversampling, "latent_step", lambda m, x, *a, **k: tuples.append(x.shape[1])
     )
+    oversampling.train_row(name, full, data, 1)
+    makers = {"smote": {"pixel_smote"}, "filled": {"generated"}, "part-filled": {"generated"}}
+    assert set(made) == makers.get(name, set())
+    assert tuples == [2 if name in ("uniform", "mixer") else 1]
+    assert moves == ([] if name == "unmoved" else [3])
+
+
+def test_second_seed_is_a_training_of_its_own(monkeypatch):
+    data, began = made_data(), []
+    flags = ["--counts", "12", "4", "2", "--rows", "full"]
+    model = model_of(data, *flags, "--seeds", "2")
+
+    def train_whole(model, updates):
+        began.append((model.args.seed, updates, model.generator.images))
+
+    monkeypatch.setattr(oversampling, "train_whole", train_whole)
+    oversampling.table(model, data, 7)
+    ((seed, updates, images),) = began
+    assert (seed, updates) == (1, 7)
+    assert torch.equal(images, model_of(data, *flags, "--seed", "1").generator.images)
+
+
+def test_measures_look_at_held_out_images_alone():
+    data = made_data()
+    model = model_of(data, "--counts", "12", "4", "2", "--rows", "copies", "smote")
+    G, data = model.generator, data._replace(train=None, train_labels=None)
+    oversampling.evaluate(model, data)
+    oversampling.table(model, data, 1)
+    oversampling.latent_figures(G, data)
+
+    def judge(images):
+        rows = images[:, 0].mean(dim=2)
+        return rows, rows[:, 2:11:3]
+
+    oversampling.image_figures(G, data, judge, each=4)
+
+
+def test_kinds_of_images_are_by_their_own_weights(monkeypatch):
+    G, label = model_of(made_data()).generator, torch.arange(6) % 3
+
+    def first_or_last(mixer, z, label, rng=None):
+        return F.one_hot(torch.full((len(z),), 0 if mixer is None else 1), 2).float()
+
+    monkeypatch.setattr(oversampling, "weights", first_or_last)
+    kinds = oversampling.kinds_of_images(G, label)
+    with torch.no_grad():
+        z = G.latents(G.tuples(label, 2, oversampling.own_rng(G, 1)))
+        wanted = {"uniform": z[:, 0], "reconstructed": z[:, 0], "generated": z[:, 1]}
+        for name, latents in (wanted | {"equal": z.mean(dim=1)}).items():
+            torch.testing.assert_close(kinds[name], G.decoder(latents, label))
+
+
+@pytest.mark.parametrize("side, far", [(12, 0), (16, 1), (28, 1)])
+def test_images_are_moved_by_a_pixel_unless_they_are_tiny(side, far):
+    images, labels = torch.zeros(40, 1, side, side, dtype=torch.uint8), torch.arange(40) % 2
+    data = oversampling.Data("arrays", ["a", "b"], images, labels, images, labels)
+    for flags, wanted in (([], far), (["--shift", "2"], 2), (["--shift", "0"], 0)):
+        args = oversampling.arguments().parse_args(flags)
+        oversampling.suit(args, data)
+        assert args.shift == wanted
+
+
+@pytest.mark.parametrize("flags", [["--mixer", "uniform"], ["--precision", "bf16"], ["--shift", 0]])
+def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
+    """Mixtures by M or by uniform alpha, in the run's precision; unless moved one row less."""
+    data, mixers, precise = made_data(), [], []
+    rows = ["--rows", *oversampling.ROWS, "--shift", "1", *map(str, flags)]
+    full = model_of(data, "--counts", "12", "4", "2", *rows)
 
     def step(model, *batch, **others):
         mixers.append(model.mixer)
@@ -399,7 +513,7 @@ def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
     assert mixers[0] is None and mixers[1] is not None
     assert precise == ["bf16" not in flags] * 2
     rows = [result["row"] for result in oversampling.table(full, data, 1)]
-    assert ("shifted" in rows) == ("--shift" not in flags) and len(rows) >= 9
+    assert ("unmoved" in rows) == ("--shift" not in flags) and len(rows) >= 9
 
 
 def test_a_row_that_diverges_is_left_out_and_the_others_stand(monkeypatch, capsys):

@@ -213,6 +213,22 @@ def test_crops_are_the_pictures_enlarged_cut_and_mirrored():
 
 
 # ------------------------------------------------------------------ colours
+def test_crops_are_enlarged_at_any_place_and_mirrored_as_often_as_not():
+    """A picture whose values are its places: x in one channel, y in the next."""
+    args = pix2pix.arguments().parse_args(["--image-size", "16"])
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(30), indexing="ij")
+    pair = torch.stack([x, y] * 3).byte()
+    torch.manual_seed(0)
+    crops = torch.stack([pix2pix.random_crop(pair, args) for _ in range(200)])
+    across = crops[:, 0, 8, 8] - crops[:, 0, 8, 7]
+    down = crops[:, 1, 8, 8] - crops[:, 1, 7, 8]
+    assert torch.allclose(across.abs(), torch.tensor(14 / 16))
+    assert torch.allclose(down, torch.tensor(14 / 16))
+    assert 70 < (across < 0).sum() < 130
+    lefts, tops = crops[:, 0].amin(dim=(1, 2)), crops[:, 1].amin(dim=(1, 2))
+    assert len(lefts.unique()) == 30 - 14 + 1 and len(tops.unique()) == 40 - 14 + 1
+
+
 def test_lab_of_known_colours_and_back():
     known = {
         (255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),
@@ -334,6 +350,31 @@ def test_gan_without_condition_and_skips_ignores_its_input():
     found = trained("gan", 150, "--lr", "1e-3", "--network", "encoder-decoder")
     assert found["layout"] == pytest.approx(found["layout_of_others"], abs=0.02)
     assert found["diversity"] < 0.1
+
+
+def test_measures_and_pictures_are_of_held_out_pairs(monkeypatch, tmp_path):
+    data, seen, shown = load("--dataset", "drawn"), [], pix2pix.shown
+    data = data._replace(test=data.test[:5])
+    args = pix2pix.arguments().parse_args(["--dataset", "drawn", "--width", "2"])
+    pix2pix.suit(args, data)
+    model = pix2pix.Model(args, data)
+
+    def recorded(generator, pairs, *others, **named):
+        seen.append(pairs)
+        return shown(generator, pairs, *others, **named)
+
+    trained = pix2pix.trained_segmenter
+    monkeypatch.setattr(pix2pix, "shown", recorded)
+    monkeypatch.setattr(pix2pix, "trained_segmenter", lambda *given: trained(*given, updates=5))
+    monkeypatch.setattr(pix2pix, "save_curves", lambda *_: None)
+    pix2pix.evaluate(model, data)
+    found = pix2pix.finish(model, data, tmp_path, [])
+    pix2pix.save_samples(model, tmp_path / "a")
+    assert len(seen) == 4
+    for pairs in seen:
+        assert all(torch.equal(*both) for both in zip(pairs, data.test, strict=True))
+    assert found["noise"] > 0
+    assert found["seen_pixel_accuracy"] != found["seen_pixel_accuracy_of_truth"]
 
 
 def test_segmenter_is_trained_once_and_kept(tmp_path, monkeypatch):

@@ -325,6 +325,17 @@ def test_flags_left_out_suit_the_data():
     assert (clip.lr, clip.decay_steps) == (5e-5, 0)
 
 
+def test_rate_of_points_falls_to_0_over_the_run():
+    model, data = model_and_data("--epochs", 2, "--n-critic", 2, "--lr", 0.1)  # of 6 updates each
+    rates = []
+    model.optimizer_g.register_step_post_hook(
+        lambda of, *_: rates.append(float(of.param_groups[0]["lr"]))
+    )
+    for _ in range(12):
+        step(model, data)
+    assert np.allclose(rates, 0.1 * np.arange(12, 0, -1) / 12)
+
+
 @pytest.mark.parametrize("shape, network", SHAPES)
 def test_flags_that_are_given_stay(shape, network):
     given = {"lr": 0.0, "betas": [0.0, 0.0], "gp_weight": 0.0, "noise": 1, "dim": 3}
