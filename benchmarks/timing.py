@@ -1,6 +1,7 @@
-"""Times contestants in turn, so that a slow moment of the machine falls on all of them."""
+"""Times contestants in turns, so that a slow moment of the machine falls on all of them."""
 
 import platform
+import random
 import re
 import statistics
 import time
@@ -37,8 +38,9 @@ def medians(contestants, device, seconds):
     calls = {name: max(1, int(0.02 / max(t, 1e-7))) for name, t in estimate.items()}
     one_round = sum(max(estimate[name], 0.02) for name in contestants)
     rounds = max(3, min(51, int(seconds / one_round)))
-    times = {name: [] for name in contestants}
+    times, order, drawn = {name: [] for name in contestants}, [*contestants], random.Random(0)
     for _ in range(rounds):
-        for name, function in contestants.items():
-            times[name].append(once(function, calls[name]))
+        drawn.shuffle(order)  # what ran just before leaves its mark on caches
+        for name in order:
+            times[name].append(once(contestants[name], calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}

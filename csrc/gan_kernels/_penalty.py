@@ -5,6 +5,7 @@ import threading
 import weakref
 
 import torch
+from torch._dynamo.eval_frame import DynamoStance, _set_stance  # set_stance without its class
 
 from gan_kernels._graph import Asked, leaves
 from gan_kernels._library import ops, usable
@@ -156,6 +157,7 @@ def _runs_plainly(critic, x):
     return True
 
 
+_EAGER = DynamoStance("force_eager")
 _attention = torch.backends.cuda  # whose settings count on a CPU, too
 
 
@@ -172,7 +174,7 @@ class _TwiceDifferentiable:
     def __enter__(self):
         with self.lock:
             if self.inside == 0:
-                self.stance = torch.compiler.set_stance("force_eager")  # from here on
+                self.stance = _set_stance(_EAGER)
                 self.found = (
                     _attention.flash_sdp_enabled(),
                     _attention.mem_efficient_sdp_enabled(),
@@ -187,7 +189,7 @@ class _TwiceDifferentiable:
             self.inside -= 1
             if self.inside == 0:
                 self.allow(*self.found)
-                self.stance.__exit__(None, None, None)
+                _set_stance(self.stance)
 
     @staticmethod
     def allow(flash, memory_efficient, cudnn, math):
