@@ -693,7 +693,7 @@ def train(args, state=None):
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", None, timedelta(1))
     if RANK > 0:
-        dist.barrier()  # the first process downloads
+        dist.barrier()  # the first process downloads, in a day at most
     data = load_data(args, device)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
