@@ -147,7 +147,8 @@ def info_loss(q, category, code, sizes):
             or holds a category outside its range. On CUDA such a category gives NaN instead, as
             finding it would wait for the device.
     """
-    if not usable(q) or (len(sizes) > CUDA_CODES and q.is_cuda):
+    many = getattr(q, "is_cuda", False) and len(sizes) > CUDA_CODES
+    if many or not usable(q):
         return _plain_loss(q, category, code, sizes)
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return _TransformedInfoLoss.apply(q, category, code, sizes)
