@@ -44,7 +44,7 @@ and the average's 0.99. Departures of ours:
   of the critic moves E's batch norm, too.
 - The networks are a quarter as wide, and D ends in its second transposed convolution.
 - To an update of the others are n_critic of C; the code has 1 of E, 4 of D and 20. There are far
-  fewer updates, at higher rates, and of augmentation --shift alone.
+  fewer updates, at higher rates, and no augmentation but --shift.
 """
 
 import argparse
@@ -93,7 +93,7 @@ ROWS = {
     "nothing": "images as they come",
     "weights": "images as they come, the loss weighted by class",
     "copies": "batches with all classes alike",
-    "unmoved": "copies, without --shift",
+    "shifted": "copies, moved by up to a pixel",
     "smote": "copies of a set filled up by SMOTE on pixels",
     "uniform": "copies and their latents mixed, alpha uniform",
     "mixer": "copies and their latents mixed by M",
@@ -113,8 +113,7 @@ def arguments():
     add("--image-size", type=int, choices=(28, 32, 64), default=32, help="of a folder")
     few = "training images kept of each class, drawn by --seed; None: the literature's, a folder's"
     add("--counts", type=at_least(1), nargs="+", metavar="N", help=few)
-    far = "move training images by up to so many pixels; None: 1, of tiny images 0"
-    add("--shift", type=at_least(0, high=8), help=far)
+    add("--shift", type=at_least(0, high=8), default=0, help="move training images by up to so far")
     add = parser.add_argument_group("method").add_argument
     rate = at_least(0, float)
     add("--width", type=at_least(1, high=512), default=16, help="maps of E's first layer")
@@ -162,7 +161,6 @@ def suit(args, data):
         if count < args.t:
             has = f"class {name} has {count} image{'s' * (count > 1)} to train on"
             raise UsageError(f"{has}, fewer than --t {args.t}: add more images, or leave it out")
-    args.shift = int(min(data.train.shape[2:]) >= 16) if args.shift is None else args.shift
     args.batch_size = args.batch_size or min(32, len(data.train))
     if not 2 <= args.batch_size <= len(data.train):
         of = f"of {len(data.train)} images, and batch norm needs 2"
@@ -840,7 +838,7 @@ def train_row(name, full, data, updates):
         images, labels = filled(G, make, targets, args.seed)
     own = {"counts": torch.bincount(labels).tolist()}
     own |= {"mixer": "uniform" if name == "uniform" else "network"}
-    own |= {"shift": 0} if name == "unmoved" else {}
+    own |= {"shift": 1} if name == "shifted" else {}
     torch.manual_seed(args.seed)
     kept = data._replace(train=images, train_labels=labels)
     row = Model(argparse.Namespace(**vars(args) | own), kept)
@@ -872,7 +870,7 @@ def table(model, data, updates):
         for name in ROWS:
             if name not in (rows | {"full"} if seed == args.seed else rows):
                 continue
-            if name == "unmoved" and not args.shift:  # no row is moved
+            if name == "shifted" and args.shift:  # all rows are
                 continue
             try:
                 G = full.generator if name == "full" else train_row(name, full, data, updates)

@@ -421,7 +421,7 @@ def test_rows_of_the_table_differ_in_what_they_see_alone(name, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in oversampling.ROWS if name != "full"])
 def test_rows_are_made_of_what_they_are_named_for(name, monkeypatch):
     data, made, moves, tuples = made_data(), [], [], []
-    full = model_of(data, "--counts", "12", "4", "2", "--shift", "3")
+    full = model_of(data, "--counts", "12", "4", "2")
     for maker in ("generated", "pixel_smote"):
         make = getattr(oversampling, maker)
 
@@ -438,7 +438,7 @@ def test_rows_are_made_of_what_they_are_named_for(name, monkeypatch):
     makers = {"smote": {"pixel_smote"}, "filled": {"generated"}, "part-filled": {"generated"}}
     assert set(made) == makers.get(name, set())
     assert tuples == [2 if name in ("uniform", "mixer") else 1]
-    assert moves == ([] if name == "unmoved" else [3])
+    assert moves == [1] * (name == "shifted")
 
 
 def test_second_seed_is_a_training_of_its_own(monkeypatch):
@@ -486,21 +486,11 @@ def test_kinds_of_images_are_by_their_own_weights(monkeypatch):
             torch.testing.assert_close(kinds[name], G.decoder(latents, label))
 
 
-@pytest.mark.parametrize("side, far", [(12, 0), (16, 1), (28, 1)])
-def test_images_are_moved_by_a_pixel_unless_they_are_tiny(side, far):
-    images, labels = torch.zeros(40, 1, side, side, dtype=torch.uint8), torch.arange(40) % 2
-    data = oversampling.Data("arrays", ["a", "b"], images, labels, images, labels)
-    for flags, wanted in (([], far), (["--shift", "2"], 2), (["--shift", "0"], 0)):
-        args = oversampling.arguments().parse_args(flags)
-        oversampling.suit(args, data)
-        assert args.shift == wanted
-
-
-@pytest.mark.parametrize("flags", [["--mixer", "uniform"], ["--precision", "bf16"], ["--shift", 0]])
+@pytest.mark.parametrize("flags", [["--mixer", "uniform"], ["--precision", "bf16"], ["--shift", 3]])
 def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
-    """Mixtures by M or by uniform alpha, in the run's precision; unless moved one row less."""
+    """Mixtures by M or by uniform alpha, in the run's precision, with moved images one row less."""
     data, mixers, precise = made_data(), [], []
-    rows = ["--rows", *oversampling.ROWS, "--shift", "1", *map(str, flags)]
+    rows = ["--rows", *oversampling.ROWS, *map(str, flags)]
     full = model_of(data, "--counts", "12", "4", "2", *rows)
 
     def step(model, *batch, **others):
@@ -513,7 +503,7 @@ def test_rows_mean_the_same_whatever_the_run_is_told(flags, monkeypatch):
     assert mixers[0] is None and mixers[1] is not None
     assert precise == ["bf16" not in flags] * 2
     rows = [result["row"] for result in oversampling.table(full, data, 1)]
-    assert ("unmoved" in rows) == ("--shift" not in flags) and len(rows) >= 9
+    assert ("shifted" in rows) == ("--shift" not in flags) and len(rows) >= 9
 
 
 def test_a_row_that_diverges_is_left_out_and_the_others_stand(monkeypatch, capsys):
