@@ -95,9 +95,10 @@ def neighbourhoods(real, fake, radii=None):
     recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=real.device)
     for part, radius in zip(fake.split(1000), own.split(1000)):
         apart = distances(part, real)
+        within = apart <= fifth
         precise.append((apart <= third).any(dim=1))
-        counts.append((apart <= fifth).sum(dim=1))
-        covered |= (apart <= fifth).any(dim=0)
+        counts.append(within.sum(dim=1))
+        covered |= within.any(dim=0)
         recalled |= (apart <= radius[:, None]).any(dim=0)
     return {
         "precision": torch.cat(precise).double().mean().item(),
@@ -160,8 +161,8 @@ def draw(module, generator, labels):
     """As many images in [0, 1]; of a conditional generator, of these classes."""
     images = []
     for i, label in enumerate(labels.split(500)):
-        what = [len(label), label] if module.SCRIPT in ("dcgan", "oversampling") else [len(label)]
-        what = [label] if module.SCRIPT == "cgan" else what
+        taken = {"cgan": [label], "dcgan": [len(label), label], "oversampling": [len(label), label]}
+        what = taken.get(module.SCRIPT, [len(label)])
         images.append(module.sample(generator, *what, seed=1000 + 500 * i))
     return torch.cat(images)
 
@@ -211,8 +212,9 @@ def evaluate(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     classifier, accuracy = train_classifier(data)
     mixed = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)
-    reference, held = (data.test[half] / 255 for half in mixed.chunk(2))
-    labels = data.test_labels[mixed.chunk(2)[1]]  # conditional generators draw the same classes
+    halves = mixed.chunk(2)
+    reference, held = (data.test[half] / 255 for half in halves)
+    labels = data.test_labels[halves[1]]  # conditional generators draw the same classes
     with torch.no_grad():
         real = torch.cat([classifier(part)[0] for part in reference.split(500)])
         radii = neighbour_distances(real, 3, 5)

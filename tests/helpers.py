@@ -11,6 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -272,3 +273,24 @@ def exit_code(process, timeout=300):
     """That of a process of the fixture start, or None if it does not end."""
     process.join(timeout)
     return process.exitcode
+
+
+def assert_gradients(losses, step, atol=1e-6):
+    """After step() each network of the pairs (loss, network) has the gradients of its loss."""
+    wanted = [torch.autograd.grad(x, [*net.parameters()], retain_graph=True) for x, net in losses]
+    step()
+    for (_, net), grads in zip(losses, wanted):
+        for p, g in zip(net.parameters(), grads):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=atol)
+
+
+def assert_conditional_gradients(script, model, data):
+    """Those of a step of cgan.py and dcgan.py, at a rate of 0: the two cross-entropies'."""
+    (real, label), one = model.batch(data, torch.arange(16)), torch.ones(16)
+    G, D, bce = model.generator, model.discriminator, F.binary_cross_entropy_with_logits
+    torch.manual_seed(1)
+    fake = G(G.draw(16), label)
+    of_d = bce(D(real, label), one) + bce(D(fake.detach(), label), 0 * one)
+    losses = (of_d, D), (bce(D(fake, label), one), G)
+    torch.manual_seed(1)
+    assert_gradients(losses, lambda: script.train_step(model, real, label))

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import checkpoint, files, refused_by, rows, same, weights, write_images, write_mnist
+from helpers import (
+    assert_conditional_gradients,
+    checkpoint,
+    files,
+    refused_by,
+    rows,
+    same,
+    weights,
+    write_images,
+    write_mnist,
+)
 from PIL import Image
 from torch import distributions
 
@@ -303,18 +313,7 @@ def test_parzen_of_normal_samples():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_are_those_of_the_two_losses(name):
     model, data = model_and_data("--network", name, "--lr-d", "0", "--lr-g", "0")
-    (real, label), bce = model.batch(data, torch.arange(16)), F.binary_cross_entropy_with_logits
-    G, D, one = model.generator, model.discriminator, torch.ones(16)
-    torch.manual_seed(1)
-    fake = G(G.draw(16), label)
-    of_d = bce(D(real, label), one) + bce(D(fake.detach(), label), 0 * one)
-    losses = (of_d, D), (bce(D(fake, label), one), G)
-    wanted = [torch.autograd.grad(loss, [*net.parameters()]) for loss, net in losses]
-    torch.manual_seed(1)
-    cgan.train_step(model, real, label)
-    for net, grads in zip((D, G), wanted):
-        for p, g in zip(net.parameters(), grads):
-            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
+    assert_conditional_gradients(cgan, model, data)
     rates = "--lr-g", "0.25", "--lr-d", "0.5"
     model, _ = model_and_data("--network", name, *rates)
     optimizers = model.optimizer_g, model.optimizer_d

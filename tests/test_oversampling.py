@@ -191,27 +191,6 @@ def test_class_weights_weigh_the_loss():
     assert losses.keys() == {"loss_points"}  # tuples of one are not mixed
 
 
-def test_critics_gradient_is_wgan_gps(monkeypatch):
-    monkeypatch.setattr(oversampling, "weights", equal_weights)
-    flags = ["--n-critic", "1", "--gp-weight", "3", "--kernels", "reference"]
-    model = model_of(made_data(), *flags)
-    x, label = model.batch(None, range(6))
-    C, D, penalty = (
-        copy.deepcopy(model.critic),
-        copy.deepcopy(model.decoder),
-        model.gradient_penalty,
-    )
-    seen = []
-    model.gradient_penalty = lambda critic, v: seen.append(v) or penalty(critic, v)
-    oversampling.train_step(model, x, label)
-    with torch.no_grad():
-        fake = D(model.generator.mix(x[1, :, :-1], label), label)
-    loss = C(fake, label).mean() - C(x[1, :, -1], label).mean()
-    (loss + 3 * penalty(lambda v: C(v, label), seen[0])).backward()
-    for ours, p in zip(model.critic.parameters(), C.parameters()):
-        torch.testing.assert_close(ours.grad, p.grad, rtol=1e-3, atol=1e-6)
-
-
 def test_flags_reach_what_they_are_for(monkeypatch):
     moves = []
     monkeypatch.setattr(oversampling, "moved", lambda x, most: moves.append(most) or x)
@@ -232,7 +211,7 @@ def test_flags_reach_what_they_are_for(monkeypatch):
 def test_critic_and_decoder_have_wgan_gps_losses(class_weight, monkeypatch):
     monkeypatch.setattr(oversampling, "weights", equal_weights)
     flags = ["--n-critic", "1", "--kernels", "reference", "--class-weight", class_weight]
-    model = model_of(made_data(), *flags)
+    model = model_of(made_data(), *flags, "--gp-weight", "3")
     x, label = model.batch(None, range(6))
     C, D = copy.deepcopy(model.critic), copy.deepcopy(model.decoder)
     seen = []
@@ -246,6 +225,9 @@ def test_critic_and_decoder_have_wgan_gps_losses(class_weight, monkeypatch):
     torch.testing.assert_close(losses["distance"], (C(real, label) - C(fake, label)).mean())
     expected = oversampling.gradient_penalty_reference(lambda v: C(v, label), seen[0])
     torch.testing.assert_close(losses["penalty"], expected)
+    (C(fake, label).mean() - C(real, label).mean() + 3 * expected).backward()
+    for ours, p in zip(model.critic.parameters(), C.parameters()):
+        torch.testing.assert_close(ours.grad, p.grad, rtol=1e-3, atol=1e-6)
     share = ((seen[0] - fake) / (real - fake)).flatten(1)  # of the way from fake to real
     torch.testing.assert_close(share, share[:, :1].expand_as(share), atol=1e-3, rtol=0)
     assert share.min() >= -1e-3 and share.max() <= 1 + 1e-3

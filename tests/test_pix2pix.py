@@ -212,7 +212,6 @@ def test_crops_are_the_pictures_enlarged_cut_and_mirrored():
     assert small.shape == (6, 16, 16) and small.max() <= 250
 
 
-# ------------------------------------------------------------------ colours
 def test_crops_are_enlarged_at_any_place_and_mirrored_as_often_as_not():
     """A picture whose values are its places: x in one channel, y in the next."""
     args = pix2pix.arguments().parse_args(["--image-size", "16"])
@@ -229,6 +228,7 @@ def test_crops_are_enlarged_at_any_place_and_mirrored_as_often_as_not():
     assert len(lefts.unique()) == 30 - 14 + 1 and len(tops.unique()) == 40 - 14 + 1
 
 
+# ------------------------------------------------------------------ colours
 def test_lab_of_known_colours_and_back():
     known = {
         (255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),

@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^# --- shared: (\w+) ---\n(.*?)^# --- end shared ---\n", re.S | re.M)
 EVALUATE = (ROOT / "evaluate.py").read_text(encoding="utf-8")
+FILES = sorted(path.name for path in ROOT.glob("*.py"))
 SCRIPTS = ast.literal_eval(re.search(r"^SCRIPTS = (.*)", EVALUATE, re.M)[1])  # the one list
 
 
 def sync(first="infogan.py", check=False):
     """The differences, as lines; each block is as in the first file that has it."""
-    names = dict.fromkeys([first, *sorted(path.name for path in ROOT.glob("*.py"))])
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in [first, *FILES]}
     for name, text in texts.items():  # a lost marker would spread
         whole, ends = len(BLOCK.findall(text)), len(re.findall(r"^# --- end shared", text, re.M))
         if not whole == ends == len(re.findall(r"^# --- shared", text, re.M)):
@@ -39,8 +39,7 @@ def sync(first="infogan.py", check=False):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    files = sorted(path.name for path in ROOT.glob("*.py"))
-    parser.add_argument("file", nargs="?", default="infogan.py", choices=files, metavar="FILE")
+    parser.add_argument("file", nargs="?", default="infogan.py", choices=FILES, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1")
     args = parser.parse_args()
     differences = sync(args.file, args.check)
