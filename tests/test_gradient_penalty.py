@@ -795,6 +795,17 @@ def test_what_is_too_small_runs_plainly(device):
     assert _penalty._unchanged[critic] == [torch.Size([2 * len(x), *x.shape[1:]]), 0]
 
 
+@pytest.mark.parametrize(("width", "pays"), [(256, False), (1024, True)])
+def test_a_relu_with_too_small_a_layer_below_it(width, pays, device):
+    """Where the relu below is left alone, zeros of its own go down: only what is between counts."""
+    below, last = nn.Linear(1560, 256), nn.Linear(width, 1)
+    critic = nn.Sequential(below, nn.ReLU(), nn.Linear(256, width), nn.ReLU(), last).to(device)
+    x = torch.randn(48 if device == "cpu" else 4800, 1560, device=device, requires_grad=True)
+    with _rewriting.Rewriting(_graph.Asked(x)) as rewriting:
+        critic(x)
+    assert len(rewriting.silenced) == pays
+
+
 @dataclasses.dataclass
 class Scaled:
     """A critic that has no hash, and so cannot be remembered by itself."""

@@ -60,7 +60,7 @@ class Rewriting(TorchFunctionMode):
 
     def __init__(self, asked):
         super().__init__()
-        self.asked, self.work = asked, 0
+        self.asked, self.work, self.left = asked, 0, 0
         self.changed, self.silenced, self.weighted, self.biased = False, [], [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -78,7 +78,9 @@ class Rewriting(TorchFunctionMode):
                 if bias is not None and bias.is_leaf and bias.requires_grad:
                     self.biased.append((y.grad_fn, bias))
         if type(y) is torch.Tensor and y.requires_grad:
-            self.work = ELEMENT * y.numel() + (0 if func in _CURVED else self.work)
+            if func in _CURVED:
+                self.work = self.left = 0
+            self.work += ELEMENT * y.numel()
             if func in _PRODUCTS:
                 self.work += y.numel() * _first(args, kwargs).shape[-1]
             elif func in _WEIGHTED:
@@ -91,11 +93,11 @@ class Rewriting(TorchFunctionMode):
     def _silences(self, x):
         """Whether the zeros of an operation on x would cost more than its rewriting.
 
-        They would go through all that is below, and so make any rewriting there worthless.
+        They would go through all that is below, and so make any rewriting there worthless. Below
+        the last operation that was left alone, whose own zeros go there, nothing is won.
         """
-        return bool(self.silenced) or self.work >= (
-            LEAST if x.device.type == "cpu" else 100 * LEAST
-        )
+        least = LEAST if x.device.type == "cpu" else 100 * LEAST
+        return bool(self.silenced) or self.work >= least and self.work - self.left >= least / 4
 
     def _rewritten(self, func, args, kwargs):
         """Return the result of func in its rewritten form, or NotImplemented."""
@@ -107,5 +109,6 @@ class Rewriting(TorchFunctionMode):
         if not _applies(x, args, kwargs):
             return NotImplemented
         if func in PIECEWISE_LINEAR and not self._silences(x):
+            self.left = self.work
             return NotImplemented
         return _REWRITTEN[func](self.asked, *args, **kwargs)
