@@ -23,7 +23,8 @@ The networks follow the guidelines of section 3, for images of any even size and
 
 Noise is uniform in (-1, 1); weights start at N(0, 0.02); Adam has a rate of 0.0002 and beta1 0.5.
 With --label the class joins every layer of both as constant maps, as in the authors' code for MNIST
-(Newmu/dcgan_code), which then leaves out batch norm's gain and bias.
+(Newmu/dcgan_code), which then leaves out batch norm's gain and bias, and the rate falls to 0 in the
+second half of the run.
 
 What the script measures of the paper's claims:
 
@@ -259,10 +260,25 @@ class Model(nn.Module):
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)
         self.optimizers = [self.optimizer_g, self.optimizer_d]
+        if args.label is not None:
+            for optimizer in self.optimizers:
+                let_fall(optimizer, args.lr, args.epochs * (len(data.train) // args.batch_size))
 
     def batch(self, data, index):
         """What train_step takes of the samples of these numbers."""
         return normalise(data.train[index]), data.train_labels[index]
+
+
+def let_fall(optimizer, lr, end):
+    """The rate stays for half of the updates, and then falls to 0 in a straight line."""
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.param_groups[0]["lr"] = torch.tensor(lr, device=first.device)
+
+    def fall(adam, *_):  # on the device and from Adam's own count, which a checkpoint has
+        if state := adam.state.get(first):  # there is none before the first step
+            adam.param_groups[0]["lr"].copy_(lr * (2 - 2 * state["step"] / end).clamp(0, 1))
+
+    optimizer.register_step_pre_hook(fall)
 
 
 # ------------------------------------------------------------------ sampling

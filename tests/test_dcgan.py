@@ -398,6 +398,22 @@ def test_labelled_run_goes_on_bit_for_bit():
     assert same(weights("whole"), weights("part"))
 
 
+def test_rate_of_a_labelled_run_falls_to_0_in_its_second_half():
+    write_mnist("data", train=80, test=20)
+    flags, found = ["--dataset", "mnist", "--batch-size", "8", "--width", "2"], {}
+    for label in ([], ["--label"]):
+        args = dcgan.arguments().parse_args([*flags, "--epochs", "1", "--lr", "0.1", *label])
+        data = dcgan.load_data(args, torch.device("cpu"))
+        dcgan.suit(args, data)
+        model = dcgan.Model(args, data)
+        for _ in range(10):
+            dcgan.train_step(model, *model.batch(data, torch.arange(8)))
+            for optimizer in model.optimizers:
+                found.setdefault(len(label), []).append(float(optimizer.param_groups[0]["lr"]))
+    falling = [0.1] * 6 + [0.08, 0.06, 0.04, 0.02]
+    assert np.allclose(found[1], np.repeat(falling, 2)) and np.allclose(found[0], 0.1)
+
+
 def test_mistakes(capsys):
     write_images("pictures/cat", 10)
     folder = ["--dataset", "folder", "--data-dir", "pictures", "--out", "run"]

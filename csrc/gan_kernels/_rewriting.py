@@ -97,7 +97,7 @@ class Rewriting(TorchFunctionMode):
         the last operation that was left alone, whose own zeros go there, nothing is won.
         """
         least = LEAST if x.device.type == "cpu" else 100 * LEAST
-        return bool(self.silenced) or self.work >= least and self.work - self.left >= least / 4
+        return bool(self.silenced) or (self.work >= least and self.work - self.left >= least / 4)
 
     def _rewritten(self, func, args, kwargs):
         """Return the result of func in its rewritten form, or NotImplemented."""
