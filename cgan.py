@@ -369,7 +369,7 @@ def load_generator(path, device="cpu"):
 def generate(args):
     """--generate: a row of ten images for each label asked for, or for each there is."""
     path = Path(args.out or "grid.png")
-    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if path.suffix and path.suffix.lower() not in IMG_EXTENSIONS:
         raise UsageError(f"--out {path}: no picture is written as {path.suffix}; .png or .jpg is")
     generator = load_generator(args.generate, choose_device(args.device))
     labels = [class_number(generator.classes, name) for name in args.label or generator.classes]

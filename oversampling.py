@@ -559,7 +559,7 @@ def generate(args):
     path = Path(args.out or "grid.png")
     if (args.target and not args.balance) or (args.label and args.balance):
         raise UsageError("--target goes with --balance FOLDER, and --label without it")
-    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if path.suffix and path.suffix.lower() not in IMG_EXTENSIONS:
         raise UsageError(f"--out {path}: no picture is written as {path.suffix}; .png or .jpg is")
     if args.balance and Path(args.balance).exists():
         raise UsageError(f"--balance {args.balance} is there already; choose another")

@@ -454,7 +454,7 @@ def load_generator(path, device="cpu"):
 def generate(args):
     """--generate: a grid of a hundred images, or a thousand points."""
     path = Path(args.out or "grid.png")
-    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if path.suffix and path.suffix.lower() not in IMG_EXTENSIONS:
         raise UsageError(f"--out {path}: no picture is written as {path.suffix}; .png or .jpg is")
     generator = load_generator(args.generate, choose_device(args.device))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -578,7 +578,7 @@ def test_generate(out, left, kind, script, finished):
 
 
 @PICTURES
-@pytest.mark.parametrize("out", ["new/a.foo", "new/a.csv", "new/a.psd"])
+@pytest.mark.parametrize("out", ["new/a.foo", "new/a.csv", "new/a.psd", "new/a.blp"])
 def test_what_is_no_picture_is_not_generated(out, script, finished, refused):
     assert ".png or .jpg is" in refused("--generate", finished / "checkpoint.pt", "--out", out)
 
