@@ -9,6 +9,11 @@ namespace {
 template <class S, class T = Accumulator<S>>
 T sum_of_squares(const S* row, int64_t size) {
   constexpr int64_t lanes = 32, piece = 4096;
+  if (size < lanes) {  // adding the lanes takes far longer than a row of points
+    T sum = 0;
+    for (int64_t i = 0; i < size; ++i) sum += T(row[i]) * T(row[i]);
+    return sum;
+  }
   double total = 0;
   for (int64_t begin = 0; begin < size; begin += piece) {
     const int64_t end = std::min(size, begin + piece);
