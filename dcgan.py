@@ -366,8 +366,9 @@ def with_fixed_statistics(discriminator, images):
             module.reset_running_stats()
             module.momentum = None  # plain means
     with torch.no_grad():
-        for x in images.split(128):
-            fixed.activations(normalise(x))
+        k = math.ceil(len(images) / 128)
+        for i in range(k):  # each batch from all over the set, which may be in the order of classes
+            fixed.activations(normalise(images[i::k]))
     return fixed.eval()
 
 
