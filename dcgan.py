@@ -207,7 +207,8 @@ def with_label(x, label, classes):
         return x
     one_hot = F.one_hot(label, classes).to(x.dtype)
     if x.ndim == 4:
-        one_hot = one_hot[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        maps = one_hot[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        one_hot = maps.contiguous(memory_format=torch.channels_last)  # as x is, or all is copied
     return torch.cat([x, one_hot], dim=1)
 
 
