@@ -1,10 +1,10 @@
 """The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
 
-import contextlib
 import threading
 import weakref
 
 import torch
+from torch import _C
 from torch._dynamo.eval_frame import DynamoStance, _set_stance  # set_stance without its class
 
 from gan_kernels._graph import Asked, leaves
@@ -158,7 +158,6 @@ def _runs_plainly(critic, x):
 
 
 _EAGER = DynamoStance("force_eager")
-_attention = torch.backends.cuda  # whose settings count on a CPU, too
 
 
 class _TwiceDifferentiable:
@@ -176,10 +175,10 @@ class _TwiceDifferentiable:
             if self.inside == 0:
                 self.stance = _set_stance(_EAGER)
                 self.found = (
-                    _attention.flash_sdp_enabled(),
-                    _attention.mem_efficient_sdp_enabled(),
-                    _attention.cudnn_sdp_enabled(),
-                    _attention.math_sdp_enabled(),
+                    _C._get_flash_sdp_enabled(),
+                    _C._get_mem_efficient_sdp_enabled(),
+                    _C._get_cudnn_sdp_enabled(),
+                    _C._get_math_sdp_enabled(),
                 )
                 self.allow(False, False, False, True)
             self.inside += 1
@@ -193,45 +192,57 @@ class _TwiceDifferentiable:
 
     @staticmethod
     def allow(flash, memory_efficient, cudnn, math):
-        _attention.enable_flash_sdp(flash)
-        _attention.enable_mem_efficient_sdp(memory_efficient)
-        _attention.enable_cudnn_sdp(cudnn)
-        _attention.enable_math_sdp(math)
+        # What torch.backends.cuda wraps; they count on a CPU, too.
+        _C._set_sdp_use_flash(flash)
+        _C._set_sdp_use_mem_efficient(memory_efficient)
+        _C._set_sdp_use_cudnn(cudnn)
+        _C._set_sdp_use_math(math)
 
 
 _twice_differentiable = _TwiceDifferentiable()
 
 
+def _gradient(critic, x, twice, fused):
+    """Return the gradient of the scores by x, and the parameters for _Penalty to give zeros."""
+    x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+    known, rewriting, gradient = _known(critic), None, None
+    if fused and not _runs_plainly(known, x):
+        rewriting = Rewriting(Asked(x))
+    with _twice_differentiable:
+        if rewriting is None:
+            scores = critic(x)
+        else:
+            with rewriting:
+                scores = critic(x)
+    _check_scores(scores, x)
+    if rewriting is not None:
+        if _unchanged.get(known, ()) is not None:
+            _unchanged[known] = None if rewriting.changed else [x.shape, 0]
+        rewriting.asked.first_pass = True
+    if scores.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
+        )
+    if gradient is None:
+        raise ValueError("gradient_penalty: the critic's scores do not depend on x")
+    if rewriting is None:
+        return gradient, []
+    rewriting.asked.first_pass = False
+    if twice and (rewriting.silenced or rewriting.biased):
+        return gradient, _silent_parameters(scores, x, rewriting)
+    return gradient, []
+
+
 def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
-    known, rewriting = _known(critic), None
-    gradient = None
     inference = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False) if inference else torch.enable_grad():
-        x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
-        asked = Asked(x)
-        if fused and not _runs_plainly(known, x):
-            rewriting = Rewriting(asked)
-        with _twice_differentiable, rewriting or contextlib.nullcontext():
-            scores = critic(x)
-        _check_scores(scores, x)
-        if rewriting is not None and _unchanged.get(known, ()) is not None:
-            _unchanged[known] = None if rewriting.changed else [x.shape, 0]
-        if scores.requires_grad:
-            asked.first_pass = True
-            (gradient,) = torch.autograd.grad(
-                scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
-            )
-            asked.first_pass = False
-    if gradient is None:
-        raise ValueError("gradient_penalty: the critic's scores do not depend on x")
-    if not fused:
-        return _norm_penalty(gradient, target)
-    silent = []
-    if twice and rewriting is not None and (rewriting.silenced or rewriting.biased):
-        silent = _silent_parameters(scores, x, rewriting)
-    return _Penalty.apply(gradient, target, *silent)
+    if twice and not inference:
+        gradient, silent = _gradient(critic, x, twice, fused)
+    else:
+        with torch.inference_mode(False) if inference else torch.enable_grad():
+            gradient, silent = _gradient(critic, x, twice, fused)
+    return _Penalty.apply(gradient, target, *silent) if fused else _norm_penalty(gradient, target)
 
 
 _uncompiled_penalty = torch.compiler.disable(_eager_penalty)
