@@ -1,5 +1,6 @@
 """The gradient penalty of WGAN-GP (Gulrajani et al. 2017) and R1/R2 (Mescheder et al. 2018)."""
 
+import contextlib
 import threading
 import weakref
 
@@ -202,47 +203,35 @@ class _TwiceDifferentiable:
 _twice_differentiable = _TwiceDifferentiable()
 
 
-def _gradient(critic, x, twice, fused):
-    """Return the gradient of the scores by x, and the parameters for _Penalty to give zeros."""
-    x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
-    known, rewriting, gradient = _known(critic), None, None
-    if fused and not _runs_plainly(known, x):
-        rewriting = Rewriting(Asked(x))
-    with _twice_differentiable:
-        if rewriting is None:
-            scores = critic(x)
-        else:
-            with rewriting:
-                scores = critic(x)
-    _check_scores(scores, x)
-    if rewriting is not None:
-        if _unchanged.get(known, ()) is not None:
-            _unchanged[known] = None if rewriting.changed else [x.shape, 0]
-        rewriting.asked.first_pass = True
-    if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(
-            scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
-        )
-    if gradient is None:
-        raise ValueError("gradient_penalty: the critic's scores do not depend on x")
-    if rewriting is None:
-        return gradient, []
-    rewriting.asked.first_pass = False
-    if twice and (rewriting.silenced or rewriting.biased):
-        return gradient, _silent_parameters(scores, x, rewriting)
-    return gradient, []
-
-
 def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
+    known, rewriting, gradient, silent = _known(critic), None, None, []
     inference = torch.is_inference_mode_enabled()
-    if twice and not inference:
-        gradient, silent = _gradient(critic, x, twice, fused)
-    else:
-        with torch.inference_mode(False) if inference else torch.enable_grad():
-            gradient, silent = _gradient(critic, x, twice, fused)
-    return _Penalty.apply(gradient, target, *silent) if fused else _norm_penalty(gradient, target)
+    with torch.inference_mode(False) if inference else torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        if fused and not _runs_plainly(known, x):
+            rewriting = Rewriting(Asked(x))
+        with _twice_differentiable, rewriting or contextlib.nullcontext():
+            scores = critic(x)
+        _check_scores(scores, x)
+        if rewriting is not None:
+            if _unchanged.get(known, ()) is not None:
+                _unchanged[known] = None if rewriting.changed else [x.shape, 0]
+            rewriting.asked.first_pass = True
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                scores, x, torch.ones_like(scores), create_graph=twice, allow_unused=True
+            )
+    if gradient is None:
+        raise ValueError("gradient_penalty: the critic's scores do not depend on x")
+    if not fused:
+        return _norm_penalty(gradient, target)
+    if rewriting is not None:
+        rewriting.asked.first_pass = False
+        if twice and (rewriting.silenced or rewriting.biased):
+            silent = _silent_parameters(scores, x, rewriting)
+    return _Penalty.apply(gradient, target, *silent)
 
 
 _uncompiled_penalty = torch.compiler.disable(_eager_penalty)
