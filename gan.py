@@ -81,9 +81,8 @@ def arguments():
 def suit(args, data):
     """Gives the flags that were left out what suits the data."""
     few = max(2, len(data.train) // (args.alternate or 1))
-    suits = {"batch_size": min(100, few), "epochs": 250, "lr": 0.1, "lr_fall": 0.2}
-    if len(data.train) > 9999:
-        suits |= {"epochs": 150}
+    epochs = 150 if len(data.train) > 9999 else 250
+    suits = {"batch_size": min(100, few), "epochs": epochs, "lr": 0.1, "lr_fall": 0.2}
     if data.name == "1d":
         suits = {"batch_size": min(2000, few), "epochs": 30, "lr": 2e-3, "lr_fall": 0}
         torch.set_num_threads(1)  # so little work is no faster on two, which wait for each other

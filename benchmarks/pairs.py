@@ -22,7 +22,7 @@ from timing import machine, medians
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as T
-from training import ROOT, load_script
+from training import update_on_files
 
 PICTURES, SECONDS = 40, 90
 
@@ -125,14 +125,8 @@ def usual_update(paths, width, device):
 
 def our_update(folder, width, device):
     """pix2pix.py's update, as a function without arguments; its pictures are read before."""
-    script = load_script(ROOT, "pix2pix")
-    flags = ["--data-dir", str(folder), "--width", str(width), "--image-size", "256"]
-    args = script.arguments().parse_args(flags)
-    data = script.load_data(args, device)
-    script.suit(args, data)
-    model = script.Model(args, data)
-    step = script.stepper(args, model, device)
-    return lambda: step(*model.batch(data, torch.randint(len(data.pairs), (1,), device=device)))
+    flags = ["--data-dir", folder, "--image-size", "256", "--width", str(width)]
+    return update_on_files("pix2pix", [*flags, "--batch-size", "1"], device)
 
 
 def main():

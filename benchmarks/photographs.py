@@ -23,7 +23,7 @@ from timing import machine, medians
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
-from training import MATRIX, ROOT, Operations, load_script
+from training import MATRIX, Operations, update_on_files
 
 PHOTOGRAPHS, BATCH, SECONDS = 512, 64, 60
 
@@ -48,7 +48,7 @@ def usual_discriminator(width):
 
 
 def photographs(folder):
-    """Batches of a folder for ever, opened, resized and cut one by one, and its classes."""
+    """Batches of a folder for ever, each image opened, resized and cut by itself."""
     steps = [transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()]
     steps.append(transforms.Normalize([0.5] * 3, [0.5] * 3))
     found = datasets.ImageFolder(folder, transforms.Compose(steps))
@@ -63,13 +63,14 @@ def usual_update(folder, width, device):
         torch.optim.Adam(x.parameters(), 2e-4, betas=(0.5, 0.999)) for x in (G, D)
     )
     stream, bce = photographs(folder), nn.BCELoss()
+    ones, zeros = torch.ones(BATCH, device=device), torch.zeros(BATCH, device=device)
 
-    def step(real):
-        ones, zeros = torch.ones(len(real), device=device), torch.zeros(len(real), device=device)
+    def update():
+        real = next(stream)[0].to(device)
         D.zero_grad()
         loss_real = bce(D(real).flatten(), ones)
         loss_real.backward()
-        fake = G(torch.randn(len(real), 100, 1, 1, device=device))
+        fake = G(torch.randn(BATCH, 100, 1, 1, device=device))
         loss_fake = bce(D(fake.detach()).flatten(), zeros)
         loss_fake.backward()
         optimizer_d.step()
@@ -79,20 +80,14 @@ def usual_update(folder, width, device):
         optimizer_g.step()
         return (loss_real + loss_fake).item(), loss_g.item()
 
-    return lambda: step(next(stream)[0].to(device))
+    return update
 
 
 def our_update(folder, width, device):
     """dcgan.py's update, as a function without arguments; its photographs are read before."""
-    script = load_script(ROOT, "dcgan")
-    flags = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "64"]
+    flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64"]
     flags += ["--width", str(width), "--batch-size", str(BATCH)]
-    args = script.arguments().parse_args(flags)
-    data = script.load_data(args, device)
-    script.suit(args, data)
-    model = script.Model(args, data)
-    step = script.stepper(args, model, device)
-    return lambda: step(*model.batch(data, torch.randint(len(data.train), (BATCH,), device=device)))
+    return update_on_files("dcgan", flags, device)
 
 
 def write_photographs(folder, n):
@@ -133,7 +128,8 @@ def main():
         "images/s, over the example's | GFLOP/s, over the example's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (width, name), time in ((row, times[row]) for row in updates):
+    for width, name in updates:
+        time = times[width, name]
         rate, example = operations[width, name] / time, (width, "the example")
         cells = [str(width), name, f"{time * 1e3:.0f}", f"{BATCH / time:.0f}"]
         cells += [f"{operations[width, name] / 1e9:.0f}", f"{rate / peak:.2f}"]

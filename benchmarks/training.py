@@ -98,6 +98,17 @@ def whole_update(script, kernels, mode, images):
     return lambda: step(index), taken
 
 
+def update_on_files(name, flags, device):
+    """A script's update with these flags, as a function of nothing; its data are read before."""
+    script = load_script(ROOT, name)
+    args = script.arguments().parse_args(flags)
+    data = script.load_data(args, device)
+    script.suit(args, data)
+    model = script.Model(args, data)
+    step, size = script.stepper(args, model, device), (model.samples_per_step,)
+    return lambda: step(*model.batch(data, torch.randint(len(data.train), size, device=device)))
+
+
 def kernels_of(update, seconds):
     """How many kernels an update on a GPU launches, and the share of its time that they run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -400,13 +400,9 @@ def test_labelled_run_goes_on_bit_for_bit():
 
 
 def test_rate_of_a_labelled_run_falls_to_0_in_its_second_half():
-    write_mnist("data", train=80, test=20)
-    flags, found = ["--dataset", "mnist", "--batch-size", "8", "--width", "2"], {}
+    data, found = made_data(120), {}
     for label in ([], ["--label"]):
-        args = dcgan.arguments().parse_args([*flags, "--epochs", "1", "--lr", "0.1", *label])
-        data = dcgan.load_data(args, torch.device("cpu"))
-        dcgan.suit(args, data)
-        model = dcgan.Model(args, data)
+        model = model_of(data, "--batch-size", "8", "--epochs", "1", "--lr", "0.1", *label)
         for _ in range(10):
             dcgan.train_step(model, *model.batch(data, torch.arange(8)))
             for optimizer in model.optimizers:
