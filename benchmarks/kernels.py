@@ -4,20 +4,22 @@
     python benchmarks/kernels.py --smoke    # the smallest rows briefly, nothing written
 
 Every figure is a median of interleaved repeats: each repeat runs all the contestants of a row in
-turn, so that a slow moment of the machine falls on all of them. Plain autograd runs twice a turn:
-how far "plain / plain" is from 1 is what the row can not tell apart.
+turn, so that a slow moment of the machine falls on all of them. "plain / ours" is the median of the
+quotients of each turn. Plain autograd runs twice a turn: how far "plain / plain" is from 1 is what
+the row can not tell apart.
 """
 
 import argparse
 import copy
 import itertools
+import statistics
 import sys
 from pathlib import Path
 
 import gan_kernels
 import torch
 from critics import CRITICS
-from timing import machine, medians
+from timing import machine, medians, ratio, turns
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -107,7 +109,7 @@ def penalty_rows(device, small, seconds):
 
         curved = is_curved(critic, x)
         leaf = x.clone().requires_grad_()
-        t = medians(
+        times = turns(
             {
                 "ours": lambda f=gradients: f(gan_kernels.gradient_penalty),
                 "plain": lambda f=gradients: f(plain_penalty),
@@ -119,14 +121,15 @@ def penalty_rows(device, small, seconds):
             device,
             seconds,
         )
+        t = {contestant: statistics.median(values) for contestant, values in times.items()}
         floor = 2 * t["all"] if curved else t["forward"] + t["all"]
         strict = 2 * t["parameters"] if curved else t["forward"] + t["parameters"]
         yield {
             "critic": name,
             "batch": len(x),
             "ours, ms": t["ours"] * 1e3,
-            "plain / ours": t["plain"] / t["ours"],
-            "plain / plain": t["plain again"] / t["plain"],
+            "plain / ours": ratio(times["plain"], times["ours"]),
+            "plain / plain": ratio(times["plain again"], times["plain"]),
             "ours / floor": t["ours"] / floor,
             "plain / floor": t["plain"] / floor,
             "ours / floor without x": t["ours"] / strict,

@@ -19,10 +19,12 @@ def machine(device):
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def medians(contestants, device, seconds):
-    """Return each contestant's median time in seconds; contestants is a dict of functions."""
+def turns(contestants, device, seconds):
+    """Return a list of each contestant's times in seconds, one a turn; contestants is a dict."""
 
     def once(function, calls):
+        if calls > 1:
+            function()  # after another contestant the first call finds caches cold: it counts not
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -43,4 +45,15 @@ def medians(contestants, device, seconds):
         drawn.shuffle(order)  # what ran just before leaves its mark on caches
         for name in order:
             times[name].append(once(contestants[name], calls[name]))
+    return times
+
+
+def medians(contestants, device, seconds):
+    """Return each contestant's median time in seconds; contestants is a dict of functions."""
+    times = turns(contestants, device, seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(above, below):
+    """Return the median of the quotients, turn by turn: what slows both in a turn cancels."""
+    return statistics.median(a / b for a, b in zip(above, below))

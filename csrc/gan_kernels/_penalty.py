@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from torch import _C
-from torch._dynamo.eval_frame import DynamoStance, _set_stance  # set_stance without its class
+from torch._dynamo import eval_frame
 
 from gan_kernels._graph import Asked, leaves
 from gan_kernels._library import ops, usable
@@ -158,14 +158,15 @@ def _runs_plainly(critic, x):
     return True
 
 
-_EAGER = DynamoStance("force_eager")
+_EAGER, _NOTHING = eval_frame.DynamoStance("force_eager"), contextlib.nullcontext()
 
 
 class _TwiceDifferentiable:
     """While a thread is inside, compiled code runs as it was written, and attention unfused.
 
     Neither could be differentiated twice. Both are settings of the whole process: the last thread
-    to leave restores what the first one found. Done by hand, as contexts within contexts take time.
+    to leave restores what the first one found. Done by hand (the stance is what set_stance sets),
+    as contexts within contexts take time.
     """
 
     def __init__(self):
@@ -174,7 +175,7 @@ class _TwiceDifferentiable:
     def __enter__(self):
         with self.lock:
             if self.inside == 0:
-                self.stance = _set_stance(_EAGER)
+                self.stance, eval_frame._stance = eval_frame._stance, _EAGER
                 self.found = (
                     _C._get_flash_sdp_enabled(),
                     _C._get_mem_efficient_sdp_enabled(),
@@ -189,7 +190,7 @@ class _TwiceDifferentiable:
             self.inside -= 1
             if self.inside == 0:
                 self.allow(*self.found)
-                _set_stance(self.stance)
+                eval_frame._stance = self.stance
 
     @staticmethod
     def allow(flash, memory_efficient, cudnn, math):
@@ -207,12 +208,12 @@ def _eager_penalty(critic, x, target):
     """Return (penalty, norms), where the kernels can not compute by plain double backward."""
     twice, fused = torch.is_grad_enabled(), usable(x)
     known, rewriting, gradient, silent = _known(critic), None, None, []
-    inference = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False) if inference else torch.enable_grad():
+    grad = _NOTHING if twice else torch.enable_grad()
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else grad:
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         if fused and not _runs_plainly(known, x):
             rewriting = Rewriting(Asked(x))
-        with _twice_differentiable, rewriting or contextlib.nullcontext():
+        with _twice_differentiable, rewriting or _NOTHING:
             scores = critic(x)
         _check_scores(scores, x)
         if rewriting is not None:
