@@ -32,6 +32,7 @@ of 0.7 after 250 epochs of 500 updates. Departures:
   label joins D at its last layer, as an inner product with the features (Miyato & Koyama 2018,
   https://arxiv.org/abs/1802.05637).
 - G maximises log D instead of minimising log(1 - D), as in Goodfellow et al. 2014, section 3.
+- G's update follows D's, from the same samples; the code that it grew from makes both at once.
 - The conv networks have normal noise. The paper's, uniform in the unit hypercube, was too weak
   beside the label: G drew one and the same image for a label.
 - The mlp's G keeps its dropout in sampling, as it comes to use it as noise: without it the
@@ -78,7 +79,7 @@ def arguments():
     """The choice of network, beside the flags that every script has."""
     parser = run_arguments("Conditional GAN (Mirza & Osindero 2014): images of a class by name.")
     parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    parser.add_argument("--data-dir", default="data", help="of data sets; or your own images")
+    parser.add_argument("--data-dir", default="data", help="of data sets; images: --dataset folder")
     parser.add_argument("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("conditional GAN").add_argument
     rate = at_least(0, float)

@@ -24,7 +24,7 @@ The networks follow the guidelines of section 3, for images of any even size and
 Noise is uniform in (-1, 1); weights start at N(0, 0.02); Adam has a rate of 0.0002 and beta1 0.5.
 With --label the class joins every layer of both as constant maps, as in the authors' code for MNIST
 (Newmu/dcgan_code), which then leaves out batch norm's gain and bias, and the rate falls to 0 in the
-second half of the run.
+second half of --epochs.
 
 What the script measures of the paper's claims:
 
@@ -86,7 +86,7 @@ def arguments():
     """The size of the networks and the label, beside the flags that every script has."""
     parser = run_arguments("DCGAN (Radford et al. 2015): convolutional networks that train stably.")
     parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    parser.add_argument("--data-dir", default="data", help="of data sets; or your own images")
+    parser.add_argument("--data-dir", default="data", help="of data sets; images: --dataset folder")
     size = "of a folder: 28 is grey, others in colour"
     parser.add_argument("--image-size", type=multiple_of_four, default=32, metavar="N", help=size)
     add = parser.add_argument_group("DCGAN").add_argument

@@ -26,7 +26,7 @@ image (figure 2); on the line total variation and JS of p_g and p_data, in bins 
 - The authors train on 50,000 images, choose sigma (of 10 values, here 30) on the rest, and
   stop by hand. Here every seventh is held out (MNIST's even and odd images differ in stroke, so no
   even number would do), the one before it coming twice an epoch. Colour has MNIST's networks.
-- The rate goes down to 0 at the end of a run; theirs does not (--lr-fall 0).
+- The rate goes down to 0 at the end of --epochs; theirs does not (--lr-fall 0).
 - How figure 1 was made is not said: here small networks, noise of one number, Adam (SGD failed).
 - Nothing here has a fused kernel: --kernels changes nothing.
 """
@@ -67,11 +67,11 @@ def arguments():
     parser = run_arguments("Generative adversarial nets (Goodfellow et al. 2014).")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    add("--data-dir", default="data", help="of data sets; or your own images")
+    add("--data-dir", default="data", help="of data sets; images: --dataset folder")
     add("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("GAN", "None: what suits the data").add_argument
     add("--lr", type=at_least(0, float), help="learning rate at first")
-    add("--lr-fall", type=at_least(0, float, 1), help="last share of a run, in which it goes to 0")
+    add("--lr-fall", type=at_least(0, float, 1), help="last share of --epochs, where it falls to 0")
     add("--saturating", action="store_true", help="G minimises log(1 - D), as in equation 1")
     alternate = "algorithm 1: K updates of D, or 1, then one of G; None: both at once"
     add("--alternate", type=at_least(1), nargs="?", const=1, metavar="K", help=alternate)
@@ -250,10 +250,12 @@ class Model(nn.Module):
         if len(shape) == 3:
             optimizer = PaperSGD
             mean = data.train.mean(dim=0, dtype=torch.float32).flatten() / 255
-            self.generator.layers[4].bias.data.copy_(mean.clamp(0.001, 0.999).logit())
+            self.generator.layers[4].bias.data.copy_(mean.clamp(1e-7, 1 - 1e-7).logit())
         end = args.epochs * (len(data.train) // self.samples_per_step)
-        schedule = args.lr, end * (1 - args.lr_fall), end
-        self.optimizers = [optimizer(x.parameters(), *schedule) for x in self.children()]
+        self.optimizers = [
+            optimizer(x.parameters(), args.lr, k * end * (1 - args.lr_fall), k * end)
+            for x, k in zip(self.children(), (1, args.alternate or 1))  # k: its updates of a step
+        ]
         self.optimizer_g, self.optimizer_d = self.optimizers
 
     def batch(self, data, index):

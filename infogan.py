@@ -28,7 +28,7 @@ the continuous codes have the smaller lambda, the leaky slope is 0.1. Departures
 
 - D and Q see images shifted (--shift 2) and rotated (--rotate 9), or a category may be two digits.
 - lambda is 0.3, and 0.03 for continuous codes, where the paper has 1 and "smaller".
-- Noise is normal and images end in a tanh; the code has uniform noise and a sigmoid.
+- One draw of noise, normal, serves D and G; images end in a tanh. The code: two, uniform; sigmoid.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def arguments():
     """The paper's settings as flags, beside those that every script has."""
     parser = run_arguments("InfoGAN (Chen et al. 2016): a GAN whose codes come to mean something.")
     parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    parser.add_argument("--data-dir", default="data", help="of data sets; or your own images")
+    parser.add_argument("--data-dir", default="data", help="of data sets; images: --dataset folder")
     parser.add_argument("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("InfoGAN").add_argument
     sizes, count, real = at_least(2, high=1000), at_least(0, high=100), at_least(0, float)

@@ -109,7 +109,7 @@ def arguments():
     parser = run_arguments("Class-preserving oversampling (Mondal et al. 2023).")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    add("--data-dir", default="data", help="of data sets; or your own images")
+    add("--data-dir", default="data", help="of data sets; images: --dataset folder")
     add("--image-size", type=int, choices=(28, 32, 64), default=32, help="of a folder")
     few = "training images kept of each class, drawn by --seed; None: the literature's, a folder's"
     add("--counts", type=at_least(1), nargs="+", metavar="N", help=few)

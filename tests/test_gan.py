@@ -153,6 +153,21 @@ def test_run_ends_where_its_rate_does(fall, last):
     assert torch.allclose(bias - before, -0.5 * last * bias.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("line", [False, True])
+def test_rate_of_d_ends_with_the_run_where_it_has_more_updates(line):
+    """Of 10 steps of three updates of D and one of G, D's rate falls to 0 in the last."""
+    data = gan.Data("1d", *gan.line_set(60)) if line else made_data(60)
+    flags = ("--alternate", 3, "--batch-size", 20, "--epochs", 10, "--lr-fall", 0.1)
+    model, data = made_model(*flags, data=data)
+    lively(model)
+    weight, moved = model.discriminator.layers[-1 if line else 6].weight, []
+    for _ in range(10):
+        before = weight.detach().clone()
+        gan.train_step(model, *model.batch(data, torch.arange(60)))
+        moved.append((weight.detach() - before).norm())
+    assert moved[8] > moved[5] / 10 and 0 < moved[9] < moved[8]
+
+
 def test_value_is_minus_log_4_where_d_is_a_half():
     assert math.isclose(gan.value(torch.zeros(5), torch.zeros(7)), -math.log(4), rel_tol=1e-6)
     score_real, score_fake = torch.randn(5), torch.randn(7)
