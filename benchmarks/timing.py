@@ -23,7 +23,7 @@ def turns(contestants, device, seconds):
     """Return a list of each contestant's times in seconds, one a turn; contestants is a dict."""
 
     def once(function, calls):
-        if calls > 1:
+        if warm:
             function()  # after another contestant the first call finds caches cold: it counts not
         if device == "cuda":
             torch.cuda.synchronize()
@@ -34,10 +34,12 @@ def turns(contestants, device, seconds):
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
+    warm = False
     for function in contestants.values():
         function()
     estimate = {name: once(function, 1) for name, function in contestants.items()}
     calls = {name: max(1, int(0.02 / max(t, 1e-7))) for name, t in estimate.items()}
+    warm = max(calls.values()) > 1
     one_round = sum(max(estimate[name], 0.02) for name in contestants)
     rounds = max(3, min(51, int(seconds / one_round)))
     times, order, drawn = {name: [] for name in contestants}, [*contestants], random.Random(0)

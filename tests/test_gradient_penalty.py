@@ -747,22 +747,78 @@ def test_sparse_tables_and_nodes_with_a_variable_of_their_own(device):
 
 
 def test_autocast_of_prelu(device):
-    """It answers in the lower precision, as PyTorch's own does."""
+    """It answers in the precision of PyTorch's own, whatever the input's."""
     layer, slope = nn.Conv2d(3, 4, 3).to(device), nn.PReLU(4).to(device)
 
     def critic(v):
         with torch.autocast(device, torch.bfloat16):
-            y = slope(layer(v))
-        assert y.dtype == torch.bfloat16
-        return y.float().flatten(1).sum(1)
+            found.extend([slope(layer(v)), slope(layer(v).float())])
+        return (found[-1] + found[-2]).float().flatten(1).sum(1)
 
-    gradient_penalty(critic, torch.randn(2, 3, 8, 8, device=device)).backward()
+    found, x = [], torch.randn(2, 3, 8, 8, device=device)
+    gradient_penalty(critic, x).backward()
+    critic(x)
+    assert [y.dtype for y in found[:2]] == [y.dtype for y in found[2:]]
+
+
+def test_slopes_that_do_not_fit_the_channels(device):
+    slope, head = nn.PReLU(3).to(device), nn.Linear(8, 1).to(device)
+    with pytest.raises(RuntimeError, match="parameter"):
+        gradient_penalty(lambda v: head(slope(v[:, None])[:, 0]), torch.randn(4, 8, device=device))
+
+
+def test_classes_that_are_not_in_the_batch(device):
+    """A norm, or a layer without outputs, may see nothing."""
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.nothing = nn.Linear(4 * 64, 0)
+
+        def forward(self, x):
+            y = self.body(x)
+            y = torch.cat([y, self.norm(y[:0])]).flatten(1)
+            return y.sum(1) + self.nothing(y).sum(1)
+
+    critic = Critic().to(device, torch.float64)
+    compare(critic, torch.randn(3, 2, 8, 8, dtype=torch.float64, device=device))
+
+
+def test_forward_mode_inside_the_critic(device):
+    """A critic that scores a slope along a direction, which torch.autograd.forward_ad finds."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 1))
+    net.to(device, torch.float64)
+
+    def critic(v):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(v, torch.ones_like(v))
+            return torch.autograd.forward_ad.unpack_dual(net(dual)).tangent
+
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64, device=device)
+    wanted = [*net.parameters()][:3]  # the slope does not depend on the last bias
+    got = torch.autograd.grad(gradient_penalty(critic, x), wanted)
+    assert_same_gradients(got, torch.autograd.grad(plain_penalty(critic, x)[0], wanted), 1e-10)
+
+
+def test_a_bias_may_be_written_before_the_backward_pass(device):
+    """Nothing needs its values, and plain autograd does not save it."""
+    critic = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(144, 1)
+    )
+    critic.to(device)
+    penalty = gradient_penalty(critic, torch.randn(3, 2, 8, 8, device=device))
+    with torch.no_grad():
+        critic[0].bias.zero_()
+        critic[1].bias.zero_()
+    penalty.backward()
 
 
 def test_in_place_on_the_input_is_refused_before_it_is_written(device):
     x = torch.randn(4, 6, device=device)
     before, net = x.clone(), nn.Linear(6, 1).to(device)
-    for in_place in (F.relu_, lambda v: F.leaky_relu(v, 0.1, True)):
+    of_a_view = lambda v: F.leaky_relu(v.view(2, 12), 0.1, True).view(4, 6)  # noqa: E731
+    for in_place in (F.relu_, lambda v: F.leaky_relu(v, 0.1, True), of_a_view):
         with pytest.raises(RuntimeError, match="in-place"):
             gradient_penalty(lambda v, f=in_place: net(f(v)), x)
         assert torch.equal(x, before)

@@ -103,16 +103,16 @@ class _Convolution(Function):
     @staticmethod
     def forward(ctx, x, w, b, conf, asked):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, b)
-        ctx.conf, ctx.asked = conf, asked
+        ctx.save_for_backward(x, w)
+        ctx.b, ctx.conf, ctx.asked = b, conf, asked  # not saved: nothing needs its values
         return aten.convolution(x, w, b, *conf)
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
             return (None,) * 5
-        x, w, b = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.asked.of(ctx.needs_input_grad[:3], x, w, b)
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.asked.of(ctx.needs_input_grad[:3], x, w, ctx.b)
         if torch.is_grad_enabled():
             gx = _InputGradient.apply(g, w, x.detach(), ctx.conf) if need_x else None
             gw = _WeightGradient.apply(g, x, w.detach(), ctx.conf) if need_w else None

@@ -60,8 +60,8 @@ def _check(q, category, code, sizes):
     shapes = [tuple(t.shape) for t in (q, category, code)]
     if [len(shape) for shape in shapes] == [2, 2, 2]:
         (batch, columns), n = shapes[0], shapes[2][1]
-        rest, rows = columns - sum(sizes), [shapes[1], shapes[2]]
-        if batch and rest in (n, 2 * n) and rows == [(batch, len(sizes)), (batch, n)]:
+        fits = shapes[1:] == [(batch, len(sizes)), (batch, n)] and min(batch, columns, *sizes) > 0
+        if fits and columns - sum(sizes) in (n, 2 * n):
             return
     raise RuntimeError(
         "info_loss: q {}, category {} and code {} do not fit sizes {}".format(*shapes, [*sizes])
@@ -147,7 +147,7 @@ def info_loss(q, category, code, sizes):
             or holds a category outside its range. On CUDA such a category gives NaN instead, as
             finding it would wait for the device.
     """
-    many = getattr(q, "is_cuda", False) and len(sizes) > CUDA_CODES
+    many = getattr(q, "is_cuda", False) and len(sizes or ()) > CUDA_CODES
     if many or not usable(q):
         return _plain_loss(q, category, code, sizes)
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():

@@ -132,15 +132,15 @@ class _Normalise(Function):
     def forward(ctx, x, w, b, norm, asked):
         y, mean, rstd = norm.forward(x, w, b)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, b, mean, rstd)
-        ctx.norm, ctx.asked = norm, asked
+        ctx.save_for_backward(x, w, mean, rstd)
+        ctx.b, ctx.norm, ctx.asked = b, norm, asked  # not saved: nothing needs its values
         return y
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
             return (None,) * 5
-        x, w, b, mean, rstd = ctx.saved_tensors
+        (x, w, mean, rstd), b = ctx.saved_tensors, ctx.b
         need_x, need_w, need_b = ctx.asked.of(ctx.needs_input_grad[:3], x, w, b)
         if torch.is_grad_enabled():
             gx = _InputGradient.apply(g, x, w, mean, rstd, ctx.norm) if need_x else None
@@ -158,7 +158,7 @@ class _Normalise(Function):
 def _apply(asked, norm, x, w, b):
     """Apply norm where its kernel computes."""
     tensors = [t for t in (x, w, b) if t is not None]
-    if x.numel() < LEAST or not x.is_contiguous():
+    if x.numel() <= LEAST or not x.is_contiguous():
         return NotImplemented
     same = {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
     if not same or torch.is_autocast_enabled(x.device.type):
@@ -191,7 +191,7 @@ def _instance_norm(
 ):
     if running_mean is not None or not use_input_stats or input.dim() < 3:
         return NotImplemented
-    if input[0, 0].numel() < 2:
+    if input.shape[2:].numel() < 2:
         return NotImplemented
     return _apply(asked, _Group(input.shape[1], eps), input, weight, bias)
 
@@ -207,7 +207,7 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    if not training or input.dim() < 3 or input[0, 0].numel() < 16:
+    if not training or input.dim() < 3 or input.shape[2:].numel() < 16:
         return NotImplemented  # channels of few neighbours would be read one by one
     return _apply(asked, _Batch(running_mean, running_var, momentum, eps), input, weight, bias)
 

@@ -165,8 +165,7 @@ class _TwiceDifferentiable:
     """While a thread is inside, compiled code runs as it was written, and attention unfused.
 
     Neither could be differentiated twice. Both are settings of the whole process: the last thread
-    to leave restores what the first one found. Done by hand (the stance is what set_stance sets),
-    as contexts within contexts take time.
+    to leave restores what the first one found. Set by hand, without contexts, which take time.
     """
 
     def __init__(self):
@@ -253,7 +252,8 @@ def gradient_penalty(critic, x, *, target=1.0, return_norms=False):
     kernels were not built for, plain double backward computes it, and a warning says so once.
 
     Inside torch.compile the penalty itself runs uncompiled, as it does for a compiled critic. While
-    the critic runs, other threads' compiled code runs uncompiled, too, and their attention unfused.
+    the critic runs, other threads' compiled code runs uncompiled, too, and their attention unfused;
+    they must not enter or leave sdpa_kernel or set_stance meanwhile, which would keep it so.
     The tensor that the critic is given is of use while it runs: its gradient is not whole later.
 
     Args:

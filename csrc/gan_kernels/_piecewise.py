@@ -62,7 +62,7 @@ def _relu_derivative(t, y):
 
 
 def _relu(input, inplace=False):
-    if inplace and input.is_leaf:
+    if inplace and (input._base if input._is_view() else input).is_leaf:
         return NotImplemented  # an error, and to be raised before anything is written
 
     def run(x):
@@ -73,7 +73,7 @@ def _relu(input, inplace=False):
 
 
 def _leaky_relu(input, negative_slope=0.01, inplace=False):
-    if inplace and (input.is_leaf or negative_slope < 0):
+    if inplace and ((input._base if input._is_view() else input).is_leaf or negative_slope < 0):
         return NotImplemented  # as for relu; or the output's sign no longer tells the input's
 
     def run(x):
@@ -89,7 +89,8 @@ def _leaky_relu(input, negative_slope=0.01, inplace=False):
 
 
 def _prelu(input, weight):
-    if input.dim() < 2 or weight.dim() > 1 or input.dtype != weight.dtype:
+    odd = input.dim() < 2 or weight.dim() > 1 or weight.numel() not in (1, input.shape[1])
+    if odd or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
         return NotImplemented
     if weight.numel() > 1:
         weight = weight.view(-1, *[1] * (input.dim() - 2))

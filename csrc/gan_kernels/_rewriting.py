@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gan_kernels._convolution import CONVOLUTIONS
@@ -87,7 +88,7 @@ class Rewriting(TorchFunctionMode):
                 weight = kwargs.get("weight", args[1] if args[1:] else None)
                 if isinstance(weight, torch.Tensor):
                     self.weighted.append((y.grad_fn, weight))
-                    self.work += y.numel() * weight[0].numel()
+                    self.work += y.numel() * weight.shape[1:].numel()
         return y
 
     def _silences(self, x):
@@ -101,7 +102,7 @@ class Rewriting(TorchFunctionMode):
 
     def _rewritten(self, func, args, kwargs):
         """Return the result of func in its rewritten form, or NotImplemented."""
-        if _are_functorch_transforms_active():
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return NotImplemented
         if _top_saved_tensors_default_hooks(False) is not None:
             return NotImplemented  # a checkpoint would run it again, and not rewritten
