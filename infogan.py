@@ -553,8 +553,7 @@ def torchvision_set(name, folder):
     for part in ("train", "test"):
         choice = {"split": part} if name == "svhn" else {"train": part == "train"}
         found = kind(folder, download=True, **choice)
-        images = torch.as_tensor(found.data)
-        images = images.movedim(3, 1) if name == "cifar10" else images
+        images = torch.as_tensor(found.data).movedim(3 if name == "cifar10" else 1, 1)
         labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
         if len(images) != len(labels) or labels.max() > 9 or images[0].numel() not in (784, 3072):
             raise ValueError("its images and labels do not fit; delete the files")
@@ -588,10 +587,11 @@ def folder_set(args):
     for path in tqdm(paths, desc="reading images", disable=None if sys.stderr else True):
         try:
             image = ImageOps.exif_transpose(Image.open(path))
-            if image.mode in ("I", "F"):
-                raise ValueError("32-bit or floating-point values; save it with 8 or 16 bits")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            bits16, levels = image.mode.startswith("I;16"), np.asarray(image)
+            if image.mode in ("I", "F") or (bits16 and 0 < levels.max() < 256):
+                raise ValueError("floating-point, 32 bits or 8 in 16: save it with 8 or 16 bits")
+            if bits16:
+                image = Image.fromarray((levels >> 8).astype(np.uint8))
             image = image.convert("RGBA")  # what is transparent becomes white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))

@@ -88,6 +88,7 @@ SETS = {}  # data sets of this script's own
 LITERATURE = [4000, 2000, 1000, 750, 500, 350, 200, 100, 60, 40]
 COUNTS = {"mnist": LITERATURE, "fashion-mnist": LITERATURE}
 COUNTS |= {"digits": [140, 95, 65, 45, 30, 20, 14, 10, 7, 5]}
+COUNTS |= {s: [4500, 2000, 1000, 800, 600, 500, 400, 250, 150, 80] for s in ("svhn", "cifar10")}
 # of the table: how a classifier is trained, E and L alike
 ROWS = {
     "nothing": "images as they come",
@@ -152,6 +153,8 @@ def suit(args, data):
         raise UsageError(f"--balance {args.balance} is among the pictures of --data-dir")
     if len(data.classes) < 2:
         raise UsageError("there is one class; put the images of each in a sub-folder of its name")
+    if data.name == "folder" and (odd := {"", "train", "test", "val"} & set(data.classes)):
+        raise UsageError(f"pictures in {[*odd]}: the sub-folders of --data-dir are to be classes")
     there = torch.bincount(data.train_labels, minlength=len(data.classes)).tolist()
     if args.counts is None:
         args.counts = [*map(min, there, COUNTS.get(data.name, there))]
@@ -588,7 +591,8 @@ def balance(model, folder, target=None, seed=0):
         inside = folder / str(model.classes[c]).replace("/", "-")
         inside.mkdir(parents=True, exist_ok=True)
         kind = "original" if i < len(model.images) else "generated"
-        save_image(image / 255, inside / f"{kind}-{i:06d}.png")
+        levels = image.movedim(0, -1).squeeze(-1).cpu().numpy()
+        Image.fromarray(levels).save(inside / f"{kind}-{i:06d}.png")
 
 
 def filled(model, make, targets, seed=0):
@@ -624,7 +628,7 @@ def smote(rows, n, seed=0, neighbours=5):
 
 
 # ------------------------------------------------------------------ arrays of images
-Form = namedtuple("Form", "shape last low high")  # of a row: its shape, channels last, its range
+Form = namedtuple("Form", "shape last low high floats")  # of a row; last: channels, low: the range
 
 
 def as_arrays(X, y, shape):
@@ -653,7 +657,7 @@ def form_of(X, shape=None):
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UsageError("X has values that are nan or infinite")
     last = len(row) == 3 and row[2] in (1, 3, 4) and row[0] not in (1, 3, 4)
-    return Form(row, last, low, high if high > low else low + 1)
+    return Form(row, last, low, high if high > low else low + 1, X.dtype.kind == "f")
 
 
 def to_images(X, form):
@@ -679,22 +683,29 @@ OF_RUNS |= {"seeds", "rows", "balance", "target", "label", "no_graph", "seed"}  
 # random_state stands for the seed
 
 
+def refuse(message):
+    raise UsageError(message)
+
+
 def fit(X, y, random_state=0, shape=None, **settings):
     """The averaged networks after training on images X with labels y, for sample and predict.
 
     X: (n, values), (n, height, width), (n, channels, height, width) or with the channels last, of
     uint8 or of other numbers, whose range is taken to be that of all; shape is that of a row, which
-    rows of values need unless they are square. y: n labels of any kind that can be sorted. settings
-    are flags by name, as max_steps=1000. Raises UsageError, a ValueError, also where training
-    diverges.
+    rows of values need unless they are square, in colour channel by channel. The channels are 1, 3
+    or 4 where they are last. y: n labels of any kind that can be sorted. settings are flags by
+    name, as max_steps=1000. Raises UsageError, a ValueError, also where training diverges.
     """
     X, y, form = as_arrays(X, y, shape)
     classes, labels = np.unique(y, return_inverse=True)
-    args = arguments().parse_args([])
-    known = sorted(vars(args).keys() - OF_RUNS)
+    parser = arguments()
+    known = sorted(vars(parser.parse_args([])).keys() - OF_RUNS)
     if unknown := sorted(settings.keys() - known):
         raise UsageError(f"{', '.join(unknown)}: the settings are {', '.join(known)}")
-    vars(args).update(settings, seed=int(check_random_state(random_state).randint(2**31)))
+    parser.error = refuse
+    given = [(name.replace("_", "-"), value) for name, value in settings.items()]
+    args = parser.parse_args([f"--{name}={value}" for name, value in given if value is not None])
+    args.seed = int(check_random_state(random_state).randint(2**31))
     device, tf32 = choose_device(args.device), args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     images, labels = to_images(X, form).to(device), torch.from_numpy(labels).to(device)
@@ -751,8 +762,8 @@ def to_add(y, strategy):
         raise UsageError(f"sampling_strategy {strategy!r}: it can be {', '.join(chosen)}, "
                          "a dictionary or, of two classes, a ratio up to 1")  # fmt: skip
     for label, n in wanted.items():
-        if n < (there := has.get(label, math.inf)):
-            raise UsageError(f"sampling_strategy: {n} of {label!r}, of which there are {there}")
+        if n < has.get(label, math.inf):
+            raise UsageError(f"sampling_strategy: {n} of {label!r}, there are {has.get(label, 0)}")
     return {label: wanted[label] - n for label, n in has.items()}
 
 
@@ -763,10 +774,12 @@ def predict(model, X):
     Of a model from a checkpoint floats are taken to be in [0, 1], integers in [0, 255].
     """
     X = np.asarray(X)
+    if model.form and model.form.floats != (X.dtype.kind == "f"):
+        raise UsageError(f"X of {X.dtype}: integers and floats are of another range than in fit")
     shape = model.images.shape[1:] if X.ndim == 2 else None
     form = model.form or form_of(X, shape)._replace(low=0, high=1 if X.dtype.kind == "f" else 255)
     images = to_images(X, form).to(model.count.device)
-    return np.array(model.classes)[found_classes(model, images).cpu()]
+    return np.array(model.classes)[found_classes(model, images).cpu().numpy()]
 
 
 # ------------------------------------------------------------------ evaluation
@@ -1152,8 +1165,7 @@ def torchvision_set(name, folder):
     for part in ("train", "test"):
         choice = {"split": part} if name == "svhn" else {"train": part == "train"}
         found = kind(folder, download=True, **choice)
-        images = torch.as_tensor(found.data)
-        images = images.movedim(3, 1) if name == "cifar10" else images
+        images = torch.as_tensor(found.data).movedim(3 if name == "cifar10" else 1, 1)
         labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
         if len(images) != len(labels) or labels.max() > 9 or images[0].numel() not in (784, 3072):
             raise ValueError("its images and labels do not fit; delete the files")
@@ -1187,10 +1199,11 @@ def folder_set(args):
     for path in tqdm(paths, desc="reading images", disable=None if sys.stderr else True):
         try:
             image = ImageOps.exif_transpose(Image.open(path))
-            if image.mode in ("I", "F"):
-                raise ValueError("32-bit or floating-point values; save it with 8 or 16 bits")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            bits16, levels = image.mode.startswith("I;16"), np.asarray(image)
+            if image.mode in ("I", "F") or (bits16 and 0 < levels.max() < 256):
+                raise ValueError("floating-point, 32 bits or 8 in 16: save it with 8 or 16 bits")
+            if bits16:
+                image = Image.fromarray((levels >> 8).astype(np.uint8))
             image = image.convert("RGBA")  # what is transparent becomes white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))

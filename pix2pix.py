@@ -113,6 +113,8 @@ def suit(args, data):
     """Gives the flags that were left out what suits the data."""
     if args.input or args.no_noise:
         raise UsageError("--input and --no-noise go with --translate CHECKPOINT")
+    if args.data_dir and args.out and os.path.realpath(args.out) == os.path.realpath(args.data_dir):
+        raise UsageError(f"--out {args.out} is --data-dir; choose another folder for the run")
     shorter = data.train.amin(dim=1).double().median().item()
     args.image_size = args.image_size or min(256, max(16, 2 ** round(math.log2(shorter))))
     args.patch = args.patch or (70 if args.image_size >= 24 else 16)
@@ -751,6 +753,8 @@ def read_folder(folder, read):
             raise UsageError(f"{folder}: its {other}/ is to be train/A/, and the others as this")
     tests = [folder / name for name in ("val", "test") if (folder / name).is_dir()]
     train = folder / "train"
+    if tests and not train.is_dir():
+        raise UsageError(f"{folder}: beside {tests[0].name}/ the other pairs are to be in train/")
     parts = [train, *tests[:1]] if train.is_dir() else [folder]
     pairs = [read(part) for part in parts]
     if len(pairs) == 1:
@@ -776,6 +780,7 @@ def read_colour(folder):
 def read_pairs(folder):
     """The pairs (A, B) of a folder: of A/ and B/ by their names, or side by side in one picture."""
     if not ((folder / "A").is_dir() and (folder / "B").is_dir()):
+        print(f"{SCRIPT}: {folder} has no A/ and B/, so its pictures are taken for A|B")
         return [halves(path) for path in progress(pictures_in(folder))]
     sides, pairs = [], []
     for side in (folder / "A", folder / "B"):
@@ -829,9 +834,9 @@ def read_picture(path):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.int64)
-            least = 256 if image.mode == "I" else 0  # 8 bits in 32 would become black
+            least = 256 if levels.any() else 0  # 8 bits in 16 or 32 would become black
             if levels.min() < 0 or not least <= levels.max() <= 65_535:
-                raise ValueError("32-bit values; save it with 8 or 16 bits")
+                raise ValueError("values that are not of 16 bits; save it with 8 or 16 bits")
             image = Image.fromarray((levels >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point values; save it with 8 or 16 bits")

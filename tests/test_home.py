@@ -180,6 +180,14 @@ def test_pictures_of_32_bits_are_refused_by_name(values, refused):
     assert os.path.join("dog", "deep.tif") in error and "8 or 16 bits" in error
 
 
+def test_8_bits_in_16_are_refused_by_name_and_black_is_not(refused):
+    write_pictures("pictures")
+    Image.fromarray(np.full((32, 32), 0, dtype=np.uint16)).save("pictures/dog/black.png")
+    load("pictures")
+    Image.fromarray(np.full((32, 32), 255, dtype=np.uint16)).save("pictures/dog/deep.png")
+    assert os.path.join("dog", "deep.png") in refused("pictures")
+
+
 def test_damaged_picture_is_refused_by_name(refused):
     write_pictures("pictures")
     Path("pictures/dog/x.jpg").write_text("not an image")

@@ -574,7 +574,11 @@ def test_same_seed_same_images_and_the_callers_random_numbers_are_left_alone():
     assert np.array_equal(one, oversampling.fit_resample(X, y, random_state=3, **SMALL)[0])
     assert not np.array_equal(one, oversampling.fit_resample(X, y, random_state=4, **SMALL)[0])
     state = np.random.RandomState(3)
-    oversampling.fit_resample(X, y, random_state=state, **SMALL)
+    first, second, third = (
+        oversampling.fit_resample(X, y, random_state=state, **SMALL)[0]
+        for state in (np.random.RandomState(3), state, state)
+    )
+    assert np.array_equal(first, second) and not np.array_equal(second, third)
 
 
 @pytest.mark.parametrize(
@@ -624,10 +628,13 @@ def test_ratio_is_for_two_classes():
         (lambda X, y: (X[y == "a"], y[y == "a"], {}), "one class"),
         (lambda X, y: (X, y, {"seed": 3}), "seed: the settings are"),  # random_state
         (lambda X, y: (X, y, {"seeds": 3}), "seeds: the settings are"),
+        (lambda X, y: (X, y, {"mixer": "netwrok"}), "--mixer: invalid choice: 'netwrok'"),
+        (lambda X, y: (X, y, {"epochs": 0}), "--epochs"),
+        (lambda X, y: (X, y, {"lr": "x"}), "--lr"),
         (lambda X, y: (X, y, {"batch_size": 30}), "--batch-size 30: of 21 images"),
         (lambda X, y: (X, y, {"lr": 1e9, "lr_d": 1e9, "max_steps": 5}), "nan after training"),
-        (lambda X, y: (X, y, {"sampling_strategy": {"d": 9}}), "of 'd'"),
-        (lambda X, y: (X, y, {"sampling_strategy": {"a": 9}}), "9 of 'a', of which there are 12"),
+        (lambda X, y: (X, y, {"sampling_strategy": {"d": 9}}), "9 of 'd', there are 0"),
+        (lambda X, y: (X, y, {"sampling_strategy": {"a": 9}}), "9 of 'a', there are 12"),
         (lambda X, y: (X, y, {"sampling_strategy": "most"}), "sampling_strategy 'most'"),
         (lambda X, y: (X, y, {"t": 4}), "class c has 3 image"),
     ],
@@ -690,6 +697,9 @@ def test_predict_gives_the_labels_that_were_learned():
     model = oversampling.fit(X, y, **settings)
     found = oversampling.predict(model, X)
     assert found.dtype == y.dtype and (found == y).mean() > 0.95
+    assert oversampling.predict(model, X[:1]).tolist() == [found[0]]
+    with pytest.raises(ValueError, match="of another range than in fit"):
+        oversampling.predict(model, (X * 255).astype(np.uint8))
     bright = [oversampling.sample(model, 20, c).mean() for c in "abc"]
     assert bright[0] < bright[1] < bright[2]  # as the classes are
     images = oversampling.sample(model, 5, "b")
@@ -784,6 +794,9 @@ def test_own_pictures_come_back_balanced(small, capsys):
     oversampling.main([*made, "more/of them", "--target", "7"])
     assert [len([*Path("more/of them", c).iterdir()]) for c in ("cat", "dog")] == [7, 7]
     assert "is there already" in refused_by(oversampling, capsys, *made, "balanced")
+    Image.new("L", (8, 8), 9).save("pictures/stray.png")
+    assert "pictures in ['']" in refused_by(oversampling, capsys, *flags)
+    Path("pictures/stray.png").unlink()
     flags += ["--balance"]
     assert "is there already" in refused_by(oversampling, capsys, *flags, "balanced")
     assert "is among the pictures" in refused_by(oversampling, capsys, *flags, "pictures/more")

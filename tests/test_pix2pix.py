@@ -427,6 +427,12 @@ def test_pairs_in_train_alone_and_other_forms(capsys):
     assert len(data.pairs) == 4 and len(data.test) == 1 and data.train.tolist() == [[16, 32]] * 4
     assert "its trainA/ is to be train/A/" in error(capsys, "--data-dir", "others")
     assert "its A/train/ is to be train/A/" in error(capsys, "--data-dir", "inside")
+    save("mixed/0.png", noise_of(16, 32, 3))
+    save("mixed/test/1.png", noise_of(16, 32, 3))
+    assert "beside test/ the other pairs are to be in train/" in error(
+        capsys, "--data-dir", "mixed"
+    )
+    assert "is --data-dir" in error(capsys, "--data-dir", "pairs", "--out", "pairs/.")
     save("pairs/train/A/4.bmp", noise_of(16, 32, 3))
     assert "differ in their suffix only" in error(capsys, "--data-dir", "pairs")
 
@@ -488,8 +494,10 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white():
     assert pix2pix.read_picture("clear.png")[:, 0].T.tolist() == [[9, 8, 7], [255, 255, 255]]
     save("float.tiff", np.ones((2, 2), dtype=np.float32))
     save("long.tiff", np.full((2, 2), 200, dtype=np.int32))  # and would become black
-    with pytest.raises(pix2pix.UsageError, match="32-bit values"):
-        pix2pix.read_picture("long.tiff")
+    save("short.tiff", np.full((2, 2), 200, dtype=np.uint16))
+    for name in ("long.tiff", "short.tiff"):
+        with pytest.raises(pix2pix.UsageError, match="values that are not of 16 bits"):
+            pix2pix.read_picture(name)
     with pytest.raises(pix2pix.UsageError, match="floating-point"):
         pix2pix.read_picture("float.tiff")
     Path("broken.png").write_bytes(b"no picture")
