@@ -29,7 +29,7 @@ column. D scores packs of rows (PacGAN) with their conditions, with WGAN-GP's pe
 
 Training by sampling (section 4.3): a column is drawn evenly, its value by the logarithm of its
 frequency, then a real row with that value. To sample, values are drawn by their own frequency.
-TVAE (section 4.4) is a variational autoencoder of the same rows, by its evidence lower bound.
+TVAE (section 4.5) is a variational autoencoder of the same rows, by its evidence lower bound.
 
 What the paper leaves open is as in the authors' code (sdv-dev/SDGym, tag research): dropout 0.5 in
 D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
@@ -174,7 +174,7 @@ def encode(table, discrete, rng):
             column |= {"categories": known, "counts": counts.tolist()}
         else:
             modes, span, alpha = encode_numbers(as_float(values), rng)
-            column |= modes
+            column |= modes | {"step": step_of(values) if values.dtype.kind == "M" else 1}
             alphas.append(alpha)
         columns.append(column | {"place": list(table).index(name)})
         spans.append(span)
@@ -186,6 +186,7 @@ def encode_numbers(x, rng):
     known = ~np.isnan(x)
     values, inverse, counts = np.unique(x[known], return_inverse=True, return_counts=True)
     weights, means, sds = find_modes(values, counts)
+    single, sds = sds == 0, np.where(sds == 0, 1e-12 * np.abs(values).max() or 1.0, sds)
     distance = np.abs(values[:, None] - means)
     nearest, scales = (distance / sds).argmin(axis=1), 4 * sds
     np.maximum.at(scales, nearest, distance[np.arange(len(values)), nearest])  # none is cut off
@@ -196,7 +197,7 @@ def encode_numbers(x, rng):
     mode[known] = (cdf <= rng.random((len(cdf), 1)) * cdf[:, -1:]).sum(axis=1)
     alpha = np.zeros(len(x))
     alpha[known] = (x[known] - means[mode[known]]) / scales[mode[known]]
-    scales[scales <= 4e-12 * np.abs(values).max()] = 0  # of one number, which returns exactly
+    scales[single] = 0  # a mode of one number, which returns exactly
     counts = np.bincount(mode, minlength=len(means)).tolist()
     modes = {"means": means.tolist(), "scales": scales.tolist(), "counts": counts}
     return modes | {"low": float(values[0]), "high": float(values[-1])}, mode, alpha
@@ -205,14 +206,19 @@ def encode_numbers(x, rng):
 def find_modes(values, counts):
     """Weights, means and standard deviations of the modes of different numbers and their counts.
 
-    A number with 5 % of all or more is a mode by itself; the others are a mixture's.
+    A number with 5 % of all or more is a mode by itself, of deviation 0; others are a mixture's.
+    Those further from the median than 20 times the distance of the quartiles have a mixture of
+    their own: they would stretch a mode of the others.
     """
     often = counts >= 0.05 * counts.sum()
-    point = 1e-12 * np.abs(values).max() or 1.0  # the width of one number
-    modes = [(counts[often], values[often], np.full(often.sum(), point))]
-    if not often.all():
-        weights, means, sds = fit_mixture(values[~often], counts[~often])
-        modes.append((weights * counts[~often].sum(), means, np.maximum(sds, point)))
+    modes = [(counts[often], values[often], np.zeros(often.sum()))]
+    places = np.where(often, 0, counts).cumsum()
+    first, middle, third = values[np.searchsorted(places, places[-1] * np.array([0.25, 0.5, 0.75]))]
+    far = ~often & (np.abs(values - middle) > 20 * (third - first)) & (third > first)
+    for part in (~often & ~far, far):
+        if part.any():
+            weights, means, sds = fit_mixture(values[part], counts[part])
+            modes.append((weights * counts[part].sum(), means, sds))
     weights, means, sds = map(np.concatenate, zip(*modes))
     return weights / weights.sum(), means, sds
 
@@ -261,6 +267,16 @@ def as_float(values):
     return np.where(np.isnat(values), np.nan, values.astype(np.int64))
 
 
+def step_of(times):
+    """A day, hour, minute, ... in the times' own unit: the longest of which all are whole ones."""
+    unit, known = np.datetime_data(times.dtype)[0], times[~np.isnat(times)].astype(np.int64)
+    for longer in ("D", "h", "m", "s", "ms", "us") if unit not in ("Y", "M", "W") else ():
+        step = int(np.timedelta64(1, longer) // np.timedelta64(1, unit))
+        if step and not (known % step).any():
+            return step
+    return 1
+
+
 def as_dtype(x, dtype):
     """The reverse of as_float."""
     if dtype[1] != "M":
@@ -278,6 +294,8 @@ def decode(rows, columns):
             means, scales = np.array(column["means"] + [np.nan]), np.array(column["scales"] + [0])
             x = means[span] + rows[:, next(numbers)].clip(-1, 1) * scales[span]
             values = x if column["decimals"] is None else x.round(column["decimals"]) + 0.0  # no -0
+            if (step := column.get("step", 1)) > 1:  # of times
+                values = (values / step).round() * step
             values = values.clip(column["low"], column["high"])
             values = as_dtype(values, column["dtype"])
         table[column["place"]] = column["name"], values
@@ -749,8 +767,9 @@ def fit(table, model="ctgan", discrete=(), continuous=(), **settings):
     the script: epochs=100, seed=1, batch_size=200. Raises UsageError for a table or a setting that
     does not fit, and where training diverges.
     """
-    named = {"model": model, "discrete": [*map(str, discrete)]}
-    args = settings_of(named | {"continuous": [*map(str, continuous)]} | settings)
+    names = {"discrete": discrete, "continuous": continuous, "drop": settings.pop("drop", ())}
+    names = {flag: [*map(str, columns)] for flag, columns in names.items()}
+    args = settings_of({"model": model} | names | settings)
     device = choose_device(args.device)
     data = table_data("table", *as_table(table), args, device, test={})
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -823,13 +842,13 @@ TIMES = dict.fromkeys(("%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y"), "D")  # 
 TIMES |= {"%Y-%m-%d %H:%M": "m", "%Y-%m-%d %H:%M:%S": "s", "%Y-%m-%dT%H:%M:%S": "s"}
 
 
-def read_csv(path, header=(), drop=()):
+def read_csv(path, header=(), drop=(), discrete=()):
     """The table of a CSV file, None in place of columns to drop, and formats. Raises UsageError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
             file.seek(0)
-            delimiter = max(",;\t|", key=first.count)
+            delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
             lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
             lines = [line for line in lines if line]
     except UnicodeDecodeError as error:
@@ -849,19 +868,29 @@ def read_csv(path, header=(), drop=()):
         if len(line) != len(names):
             raise UsageError(f"{path}, row {number}: {len(line)} values for {len(names)} columns")
     pairs = zip(names, zip(*lines))
-    parsed = {name: (None, None) if name in drop else parse(texts) for name, texts in pairs}
+    parsed = {
+        name: (None, None) if name in drop else parse(texts, name in discrete)
+        for name, texts in pairs
+    }
     return tuple({name: pair[i] for name, pair in parsed.items()} for i in range(2))
 
 
-def parse(texts):
-    """Texts as an array of integers, decimals, times (datetime64) or else text; their format."""
+def parse(texts, exact=False):
+    """Texts as an array of integers, decimals, times (datetime64) or else text; their format.
+
+    exact, and where there are ten at most: two texts are not to become one number, 1.1 and 1.10.
+    """
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each is parsed once
     index = np.fromiter(map(place.__getitem__, texts), int, len(texts))
     values = [text.strip() for text in place]
     gaps = [value for value in values if value.lower() in MISSING]
     known = [value for value in values if value.lower() not in MISSING]
     form = {"decimals": None, "missing_text": min(gaps, default="", key=len)}
-    if known and all(map(NUMBER.fullmatch, known)):
+    numeric = known and all(map(NUMBER.fullmatch, known))
+    if numeric and (exact or len(known) <= 10):
+        numbers = {*map(float, known)}
+        numeric = len(numbers) == len({*known}) and (max(map(abs, numbers)) < 2**53 or not exact)
+    if numeric:
         numbers = np.array([np.nan if v.lower() in MISSING else float(v) for v in values])
         shown = max(99 if "e" in v.lower() else len(v.partition(".")[2]) for v in known)
         if shown < 10:  # where there are more, all digits of a float are shown
@@ -953,7 +982,8 @@ def load_data(args, device):
         args.data = os.path.abspath(os.path.expanduser(args.data or args.dataset))
         name = Path(args.data).stem
         if not args.data.endswith(".bif"):
-            return table_data(name, *read_csv(args.data, args.header, args.drop), args, device)
+            table = read_csv(args.data, args.header, args.drop, args.discrete)
+            return table_data(name, *table, args, device)
         try:
             network = read_network(Path(args.data).read_text())
         except ValueError as error:
@@ -1922,7 +1952,7 @@ def load_checkpoint(path):
 
 def write_file(path, content):
     """Writes bytes under a temporary name and renames it: the file is the old or the new, whole."""
-    part = path.with_suffix(".tmp")
+    part = path.with_name(f"{path.name}.tmp")
     try:
         part.write_bytes(content)
         os.replace(part, path)

@@ -736,7 +736,7 @@ def load_checkpoint(path):
 
 def write_file(path, content):
     """Writes bytes under a temporary name and renames it: the file is the old or the new, whole."""
-    part = path.with_suffix(".tmp")
+    part = path.with_name(f"{path.name}.tmp")
     try:
         part.write_bytes(content)
         os.replace(part, path)

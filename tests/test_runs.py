@@ -816,9 +816,17 @@ def full_disk(monkeypatch, name):
     monkeypatch.setattr(Path, "write_bytes", full)
 
 
+def test_files_of_other_names_are_left(script):
+    Path("rows.tmp").write_text("mine")
+    script.write_file(Path("rows.csv"), b"1")
+    assert Path("rows.tmp").read_text() == "mine"
+    script.write_file(Path("rows.tmp"), b"2")
+    assert Path("rows.tmp").read_text() == "2" and len([*Path().glob("rows*")]) == 2
+
+
 def test_full_disk_leaves_the_previous_checkpoint(script, finished, capsys, monkeypatch):
     shutil.copytree(finished, "run")
-    full_disk(monkeypatch, "checkpoint.tmp")
+    full_disk(monkeypatch, "checkpoint.pt.tmp")
     error = error_of(script, capsys, "--resume", "run/checkpoint.pt", "--epochs", 13)
     assert "No space left" in error and not list(Path("run").glob("*.tmp"))
     assert Path("run/checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
@@ -827,7 +835,7 @@ def test_full_disk_leaves_the_previous_checkpoint(script, finished, capsys, monk
 def test_full_disk_at_the_start_leaves_no_run(script, finished, capsys, monkeypatch, no_figures):
     flags = small(script, finished, "--out", "run", "--max-steps", 1)
     with monkeypatch.context() as patch:
-        full_disk(patch, "config.tmp")
+        full_disk(patch, "config.json.tmp")
         assert "No space left" in error_of(script, capsys, *flags)
     assert not list(Path("run").glob("*.tmp"))
     script.main(flags)  # finds room in the same folder

@@ -99,7 +99,7 @@ def test_sizes():
     lines = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.*") if path.is_file()}
     assert max(lines["infogan.py"], lines["gan.py"]) <= 800
     assert max(lines["cgan.py"], lines["wgan_gp.py"]) <= 880
-    assert lines["dcgan.py"] <= 980 and lines["ctgan.py"] <= 2000 and lines["pix2pix.py"] <= 1100
+    assert lines["dcgan.py"] <= 980 and lines["ctgan.py"] <= 2020 and lines["pix2pix.py"] <= 1100
     assert lines["oversampling.py"] <= 1470
     assert lines["README.md"] <= 140
 
