@@ -36,7 +36,7 @@ D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
 
 - A value with 5 % of its column's rows or more is a mode of no width, so that it returns exactly,
   and a missing number is a mode of its own. A mode is wider than 4 standard deviations where values
-  would be cut off.
+  would be cut off; outliers have modes of their own.
 - A pack has one row, not ten, as table 3 finds better too: with one, the classifiers that learn
   Adult from synthetic rows had a mean F1 of 0.637, with ten 0.557 and 0.598 (seed 0, before
   raking). Tables without a discrete column have packs of five.
