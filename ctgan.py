@@ -869,7 +869,7 @@ def read_csv(path, header=(), drop=(), discrete=()):
             raise UsageError(f"{path}, row {number}: {len(line)} values for {len(names)} columns")
     pairs = zip(names, zip(*lines))
     parsed = {
-        name: (None, None) if name in drop else parse(texts, name in discrete)
+        name: (None, None) if name in drop else parse(texts, name in discrete or len({*texts}) < 11)
         for name, texts in pairs
     }
     return tuple({name: pair[i] for name, pair in parsed.items()} for i in range(2))
@@ -878,7 +878,7 @@ def read_csv(path, header=(), drop=(), discrete=()):
 def parse(texts, exact=False):
     """Texts as an array of integers, decimals, times (datetime64) or else text; their format.
 
-    exact, and where there are ten at most: two texts are not to become one number, 1.1 and 1.10.
+    exact, for categories: no two texts become one number, as 1.1 and 1.10 would, and no digit goes.
     """
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each is parsed once
     index = np.fromiter(map(place.__getitem__, texts), int, len(texts))
@@ -887,9 +887,9 @@ def parse(texts, exact=False):
     known = [value for value in values if value.lower() not in MISSING]
     form = {"decimals": None, "missing_text": min(gaps, default="", key=len)}
     numeric = known and all(map(NUMBER.fullmatch, known))
-    if numeric and (exact or len(known) <= 10):
+    if numeric and exact:
         numbers = {*map(float, known)}
-        numeric = len(numbers) == len({*known}) and (max(map(abs, numbers)) < 2**53 or not exact)
+        numeric = len(numbers) == len({*known}) and max(map(abs, numbers)) < 2**53
     if numeric:
         numbers = np.array([np.nan if v.lower() in MISSING else float(v) for v in values])
         shown = max(99 if "e" in v.lower() else len(v.partition(".")[2]) for v in known)

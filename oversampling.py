@@ -154,7 +154,7 @@ def suit(args, data):
     if len(data.classes) < 2:
         raise UsageError("there is one class; put the images of each in a sub-folder of its name")
     if data.name == "folder" and (odd := {"", "train", "test", "val"} & set(data.classes)):
-        raise UsageError(f"pictures in {[*odd]}: the sub-folders of --data-dir are to be classes")
+        raise UsageError(f"pictures in {sorted(odd)}: sub-folders of --data-dir are to be classes")
     there = torch.bincount(data.train_labels, minlength=len(data.classes)).tolist()
     if args.counts is None:
         args.counts = [*map(min, there, COUNTS.get(data.name, there))]

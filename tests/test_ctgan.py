@@ -1271,7 +1271,6 @@ def test_dialects_of_csv(delimiter, dialect):
         ("1_0 2_0", "U", ["1_0", "2_0"]),
         ("\u0661 \u0662", "U", ["\u0661", "\u0662"]),
         ("9007199254740993 1", "f", [9007199254740992, 1]),
-        ("3.1 3.10 3.9", "U", ["3.1", "3.10", "3.9"]),
         ("2020-02-29 2021-01-01 NaT", "M", ["2020-02-29", "2021-01-01", "NaT"]),
         ("29.02.2020 01.03.2021", "M", ["2020-02-29", "2021-03-01"]),
         ("12/31/2020 01/02/2021", "M", ["2020-12-31", "2021-01-02"]),
@@ -1384,6 +1383,14 @@ def test_long_numbers_that_are_categories_stay_what_they_are():
     ids = [str(1234567890123456701 + i) for i in range(7)] * 10
     data = load(write("in.csv", {"id": ids, "x": [str(i) for i in range(70)]}), "--discrete", "id")
     assert data.columns[0]["categories"] == sorted(set(ids))
+
+
+def test_versions_are_not_joined_and_mixed_numbers_of_objects_are():
+    versions = ["3.1", "3.10", "3.9"] * 20
+    data = load(write("in.csv", {"version": versions, "x": [str(i) for i in range(60)]}))
+    assert data.columns[0]["categories"] == ["3.1", "3.10", "3.9"]
+    table, _ = ctgan.as_table({"x": np.array([1, 1.0, 2.5, None] * 9, dtype=object)})
+    assert table["x"].dtype.kind == "f"
 
 
 def test_commas_within_quotes_are_no_delimiters():
