@@ -23,7 +23,7 @@ Measured: V on held-out data, D without dropout; log p of the test set by a Parz
 samples (table 1), and on real images; how far samples and test images are from the nearest trained
 image (figure 2); on the line total variation and JS of p_g and p_data, in bins of 0.04. Departures:
 
-- The authors train on 50,000 images, choose sigma (of 10 values, here 30) on the rest, and
+- The authors train on 50,000 images, choose sigma (of 10 values, here 30: 5 nats) on the rest, and
   stop by hand. Here every seventh is held out (MNIST's even and odd images differ in stroke, so no
   even number would do), the one before it coming twice an epoch. Colour has MNIST's networks.
 - The rate goes down to 0 at the end of --epochs; theirs does not (--lr-fall 0).
