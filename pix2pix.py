@@ -924,8 +924,8 @@ def train(args, state=None):
     torch.manual_seed(args.seed)  # the same weights in every process
     model, folder, n = Model(args, data), Path(args.out), len(data.train)
     least = WORLD * (1 + any("BatchNorm" in type(m).__name__ for m in model.modules()))
-    if model.samples_per_step > n or args.batch_size % WORLD or args.batch_size < least:
-        raise UsageError(f"--batch-size {args.batch_size}: {n} samples on {WORLD} processes")
+    if (use := model.samples_per_step) > n or args.batch_size % WORLD or args.batch_size < least:
+        raise UsageError(f"--batch-size {args.batch_size}: {use} of {n} samples, {WORLD} processes")
     facts = {"about": data[1], "shape": [*data.train.shape]}  # of images data[1] are the classes
     run = (state or {"rows": []}) | {"script": SCRIPT, "config": vars(args), "data": facts}
     if state is not None:

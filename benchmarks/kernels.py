@@ -12,14 +12,13 @@ the row can not tell apart.
 import argparse
 import copy
 import itertools
-import statistics
 import sys
 from pathlib import Path
 
 import gan_kernels
 import torch
 from critics import CRITICS
-from timing import machine, medians, ratio, turns
+from timing import machine, medians, middle, ratio, turns
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -121,7 +120,7 @@ def penalty_rows(device, small, seconds):
             device,
             seconds,
         )
-        t = {contestant: statistics.median(values) for contestant, values in times.items()}
+        t = middle(times)
         floor = 2 * t["all"] if curved else t["forward"] + t["all"]
         strict = 2 * t["parameters"] if curved else t["forward"] + t["parameters"]
         yield {

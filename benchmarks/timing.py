@@ -52,7 +52,11 @@ def turns(contestants, device, seconds):
 
 def medians(contestants, device, seconds):
     """Return each contestant's median time in seconds; contestants is a dict of functions."""
-    times = turns(contestants, device, seconds)
+    return middle(turns(contestants, device, seconds))
+
+
+def middle(times):
+    """Return the median of each list of times, a dictionary."""
     return {name: statistics.median(values) for name, values in times.items()}
 
 
