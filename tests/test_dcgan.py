@@ -64,6 +64,18 @@ def test_generator_has_the_maps_of_figure_1():
     ]  # fmt: skip
 
 
+def test_networks_with_classes_are_those_of_the_code_for_mnist():
+    g, d = networks((1, 28, 28), 64, CLASSES)
+    assert [p.shape for p in g.parameters()] == [
+        (1024, 100 + 10), (128 * 7 * 7, 1024 + 10), (128 + 10, 64, 5, 5), (64 + 10, 1, 5, 5)
+    ]  # fmt: skip
+    assert [p.shape for p in d.parameters()] == [
+        (64, 1 + 10, 5, 5), (128, 64 + 10, 5, 5), (1024, 128 * 7 * 7 + 10), (1, 1024 + 10), (1,)
+    ]  # fmt: skip
+    kinds = [type(module) for layer in (g.layers[0], d.hidden) for module in layer]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.LeakyReLU]
+
+
 @pytest.mark.parametrize("label", [False, True], ids=["plain", "label"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (4, 48, 48), (2, 20, 20)])
 def test_sizes_and_channels(shape, label):
@@ -103,11 +115,11 @@ def test_initial_weights_and_noise():
 def test_label_joins_every_layer_as_constant_maps():
     g, d = networks(classes=CLASSES)
     inputs = []
-    for layer in [layer[0] for layer in (*g.layers, *d.layers)] + [d.score]:
+    for layer in [layer[0] for layer in (*g.layers, *d.layers, d.hidden)] + [d.score]:
         layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     label = torch.tensor([3, 7])
     d(g(g.draw(2), label), label)
-    assert len(inputs) == 6
+    assert len(inputs) == 8
     for x in inputs:
         beside = x[:, -10:].flatten(2) if x.ndim == 4 else x[:, -10:, None]
         assert torch.equal(beside.argmax(dim=1), label[:, None].expand(-1, beside.shape[2]))
