@@ -10,8 +10,9 @@ that train stably as a GAN, and whose discriminator has learned features worth h
     python dcgan.py --dataset folder --data-dir pictures --image-size 64 --width 32
     python dcgan.py --generate runs/.../checkpoint.pt --out grid.png
 
-After 400 updates on Fashion-MNIST an SVM on D's features errs on 17.6 % (n = 20 draws of 1,000
-labels, one run), of D untrained 18.2, of raw pixels 20.2. Every run: docs/dcgan.md.
+MNIST, --label --precision bf16: the nearest of 50,000 samples errs on 3.27 % of the test set, of as
+many real images on 3.34 (n = 1, two hours of a core). After 400 updates on Fashion-MNIST an SVM on
+D's features errs on 17.6 % (20 draws of labels, one run), untrained 18.2. Every run: docs/dcgan.md.
 
 The networks follow the guidelines of section 3, for images of any even size and any channels:
 
@@ -113,7 +114,7 @@ def suit(args, data):
     if args.label is not None and len(data.classes) < 2:
         raise UsageError("--label needs images of two or more classes, each in a sub-folder")
     many = len(data.train) > 9999
-    args.epochs = args.epochs or (25 if many else 50)
+    args.epochs = args.epochs or ((25 if args.label is None else 36) if many else 50)
     args.batch_size = args.batch_size or min(128 if many else 32, len(data.train))
     args.width = args.width or (64 if data.train.shape[-1] == 28 else 128)
 
