@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import pkgutil
+import signal
 from pathlib import Path
 from urllib.error import URLError
 
@@ -256,6 +257,7 @@ def child(name, flags, environment, prepare, limit):
     """
     for stream in (1, 2):
         os.dup2(os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began it by &
     os.environ.update(environment)  # which the script reads as it is imported
     torch.set_num_threads(1)
     script = importlib.import_module(name)
