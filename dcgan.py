@@ -14,7 +14,7 @@ MNIST, --label --precision bf16: the nearest of 50,000 samples errs on 3.27 % of
 many real images on 3.34 (n = 1, two hours of a core). After 400 updates on Fashion-MNIST an SVM on
 D's features errs on 17.6 % (20 draws of labels, one run), untrained 18.2. Every run: docs/dcgan.md.
 
-The networks follow the guidelines of section 3, for images of any even size and any channels:
+The networks follow the guidelines of section 3, for sides of 16 to 256 and any channels:
 
 - no pooling: strided convolutions in D, fractionally strided ones in G, 5x5, which halve and double
   the side; the maps double and halve with it (at 64 pixels G has 1024, 512, 256 and 128);

@@ -157,13 +157,16 @@ def table(rows):
 
 
 def plot(info, penalties, path):
-    """Draw both tables as one figure."""
+    """Draw both tables as one figure; of the penalty each critic at its larger batch."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    larger = list({row["critic"]: row for row in penalties}.values())
+    larger.sort(key=lambda row: row["plain / ours"])
+    height = max(4, 1 + 0.15 * len(larger))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), constrained_layout=True)
     for latents in dict.fromkeys(row["latents"] for row in info):
         chosen = [row for row in info if row["latents"] == latents]
         batches = [row["batch"] for row in chosen]
@@ -172,15 +175,18 @@ def plot(info, penalties, path):
     left.set(xscale="log", xlabel="batch", ylabel="times faster", title="info_loss")
     left.axhline(1, color="grey", linewidth=0.8)
     left.legend(fontsize=7)
-    places = range(len(penalties))
-    for shift, key in ((-0.2, "plain / floor"), (0.2, "ours / floor")):
-        right.barh([i + shift for i in places], [row[key] for row in penalties], 0.38, label=key)
+    places = range(len(larger))
+    for key, mark in (("plain / floor", "o"), ("ours / floor", "s")):
+        right.plot([row[key] for row in larger], places, mark, markersize=4, label=key)
     right.set_yticks(
-        list(places), [f"{row['critic']}, batch {row['batch']}" for row in penalties], fontsize=7
+        places, [f"{row['critic']}, batch {row['batch']}" for row in larger], fontsize=7
     )
     right.axvline(1, color="grey", linewidth=0.8)
-    right.invert_yaxis()
-    right.set(xlabel="time over the floor", title="gradient_penalty")
+    right.grid(axis="y", linewidth=0.3)
+    right.margins(y=0.01)
+    right.set(xscale="log", xlabel="time over the floor", title="gradient_penalty, larger batches")
+    right.set_xticks(ticks := [0.7, 1, 1.5, 2, 3, 5, 7], map(str, ticks))
+    right.minorticks_off()
     right.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 

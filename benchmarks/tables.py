@@ -240,7 +240,7 @@ def fit(contestants, model, epochs):
 
 
 def speed(contestants, model, epochs, updates):
-    """{(what, ratio asked): {contestant: seconds (2,)}}; leaves models of so many epochs."""
+    """{(what, target ratio): {contestant: seconds (2,)}}; leaves models of so many epochs."""
     runs, samples = [fit(contestants, model, n) for n in (1, 1, epochs)], []
     for _ in range(SAMPLES):
         samples.append({name: ask("sample", SAMPLED)[0] for name, ask in contestants.items()})
@@ -316,12 +316,12 @@ def main():
         ask("take", train, discrete)
     real = quality(train) | ctgan.rare_values(train, test, discrete)
     for model in ("ctgan", "tvae"):
-        for (what, asked), seconds in speed(contestants, model, epochs, n // BATCH).items():
+        for (what, target), seconds in speed(contestants, model, epochs, n // BATCH).items():
             cells = [model, what]
             for unit in (0, 1):
                 a, b = seconds[this][unit], seconds[other][unit]
                 cells += [f"{a:.3g}", f"{b:.3g}", f"{b / a:.2f}"]
-            speeds.append([*cells, f"{asked}" if model == "ctgan" else ""])
+            speeds.append([*cells, f"{target}" if model == "ctgan" else ""])
             print(*speeds[-1], flush=True)
         found = []
         for ask in contestants.values():
@@ -341,8 +341,8 @@ def main():
         f"{where}, PyTorch {torch.__version__}; {'a simulated table' if args.smoke else 'Adult'}, "
         f"{n:,} rows, batch {BATCH}, {n // BATCH} updates an epoch",
         "",
-        *markdown(["model", "what", *columns, "asked"], speeds),
-        *markdown(["rows", f"{this}, MB", f"{other}, MB", "ratio", "asked"], memories),
+        *markdown(["model", "what", *columns, "target"], speeds),
+        *markdown(["rows", f"{this}, MB", f"{other}, MB", "ratio", "target"], memories),
         *markdown(["model", f"after {epochs} epochs", this, other, "real"], qualities),
     ]
     text = "\n".join(lines) + "\n" + NOTES
