@@ -22,6 +22,10 @@
 #define GK_INLINE inline __attribute__((always_inline))
 #endif
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before PyTorch 2.13, whose errors also say why
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace gan_kernels {
 
 using torch::headeronly::ScalarType;
@@ -38,6 +42,10 @@ struct AccumulatorOf<double> {
 };
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
+
+inline ScalarType sum_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
@@ -73,7 +81,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
     strides[d] = strides[d + 1] * std::max<int64_t>(size[d + 1], 1);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(),
       size,
       strides,

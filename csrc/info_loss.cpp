@@ -159,8 +159,8 @@ struct Call {
 std::tuple<Tensor, Tensor> info_loss(
     const Tensor& q, const Tensor& category, const Tensor& code, std::vector<int64_t> sizes) {
   const InfoShape shape = check_info_loss(q, category, code, sizes);
-  Tensor categorical = new_tensor(q, {}, loss_type(q));
-  Tensor continuous = new_tensor(q, {}, loss_type(q));
+  Tensor categorical = new_tensor(q, {}, sum_type(q));
+  Tensor continuous = new_tensor(q, {}, sum_type(q));
   with_types(q, code, [&](auto q_zero, auto code_zero) {
     using S = decltype(q_zero);
     using T = Accumulator<S>;

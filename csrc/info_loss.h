@@ -121,22 +121,13 @@ template <class Body>
 void with_types(const Tensor& q, const Tensor& code, const Body& body) {
   with_type(q.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    if (code.scalar_type() == q.scalar_type()) {
-      body(S(), S());
-    } else {
-      body(S(), float());
-    }
+    code.scalar_type() == q.scalar_type() ? body(S(), S()) : body(S(), float());
   });
-}
-
-// The dtype of the losses and of the sums behind them.
-inline ScalarType loss_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_loss_gradient(const Tensor& gradient, const char* name, const Tensor& q) {
   require(
-      gradient.dim() == 0 && gradient.scalar_type() == loss_type(q) &&
+      gradient.dim() == 0 && gradient.scalar_type() == sum_type(q) &&
           same_device(gradient, q),
       "info_loss_backward: ",
       name,

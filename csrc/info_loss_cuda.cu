@@ -254,8 +254,8 @@ std::tuple<Tensor, Tensor> info_loss(
   check_count(sizes);
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  Tensor categorical = new_tensor(q, {}, loss_type(q));
-  Tensor continuous = new_tensor(q, {}, loss_type(q));
+  Tensor categorical = new_tensor(q, {}, sum_type(q));
+  Tensor continuous = new_tensor(q, {}, sum_type(q));
   with_types(q, code, [&](auto q_zero, auto code_zero) {
     using S = decltype(q_zero);
     using T = Accumulator<S>;

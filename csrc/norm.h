@@ -61,10 +61,12 @@ inline Groups check_norm(
   require(
       type == ScalarType::Float || type == ScalarType::Double,
       "norm_double_backward: x must be float32 or float64");
-  const int64_t count = mean.numel(), runs = count * segments;
+  const int64_t count = mean.numel();
   require(segments > 0 && weight_groups > 0, "norm_double_backward: counts must be positive");
-  const int64_t length = runs > 0 ? x.numel() / runs : 0;
-  require(runs * length == x.numel(), "norm_double_backward: mean and segments do not fit x");
+  const int64_t length = count > 0 ? x.numel() / count / segments : 0;
+  require(
+      length * segments * count == x.numel() && segments <= std::max<int64_t>(x.numel(), 1),
+      "norm_double_backward: mean and segments do not fit x");
   const auto check = [&](const Tensor& tensor, int64_t numel, const char* name) {
     require(
         tensor.scalar_type() == type && tensor.numel() == numel && tensor.is_contiguous() &&
@@ -82,7 +84,7 @@ inline Groups check_norm(
   if (weight) {
     check(*weight, weight_groups * weights, "weight");
     require(
-        count % weight_groups == 0 &&
+        count % weight_groups == 0 && weights > 0 &&
             (weights == 1 || weights == segments || (segments == 1 && weights == length)),
         "norm_double_backward: weight does not fit the groups");
   }

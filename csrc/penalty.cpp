@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> penalty(const Tensor& gradient, double target) {
   check_gradient(gradient);
   const Tensor dense = with_dense_rows(gradient);
   const int64_t batch = dense.size(0), size = dense.numel() / batch, stride = dense.stride(0);
-  Tensor value = new_tensor(dense, {}, norm_type(dense));
-  Tensor norms = new_tensor(dense, {batch}, norm_type(dense));
+  Tensor value = new_tensor(dense, {}, sum_type(dense));
+  Tensor norms = new_tensor(dense, {batch}, sum_type(dense));
   with_type(dense.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = Accumulator<S>;

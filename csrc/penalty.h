@@ -23,10 +23,6 @@ GK_INLINE T penalty_scale(T norm, T target, T gradient, T batch) {
   return norm == 0 ? T(0) : 2 * gradient * (norm - target) / (batch * norm);
 }
 
-inline ScalarType norm_type(const Tensor& gradient) {
-  return gradient.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_gradient(const Tensor& gradient) {
   require(is_floating(gradient.scalar_type()), "penalty: gradient must be a floating-point tensor");
   require(gradient.dim() > 0 && gradient.size(0) > 0, "penalty: gradient has an empty batch");
@@ -37,7 +33,7 @@ inline void check_penalty_backward(
   check_gradient(gradient);
   for (const Tensor* tensor : {&penalty_gradient, &norms}) {
     require(
-        tensor->scalar_type() == norm_type(gradient) && same_device(*tensor, gradient),
+        tensor->scalar_type() == sum_type(gradient) && same_device(*tensor, gradient),
         "penalty_backward: penalty_gradient and norms must have the norm's dtype and device");
   }
   require(penalty_gradient.dim() == 0, "penalty_backward: penalty_gradient must be a scalar");

@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> penalty(const Tensor& gradient, double target) {
   const cudaStream_t stream = current_stream(gradient);
   const Tensor dense = with_dense_rows(gradient);
   const Rows rows(dense);
-  Tensor value = new_tensor(dense, {}, norm_type(dense));
-  Tensor norms = new_tensor(dense, {rows.batch}, norm_type(dense));
+  Tensor value = new_tensor(dense, {}, sum_type(dense));
+  Tensor norms = new_tensor(dense, {rows.batch}, sum_type(dense));
   Tensor partial = new_tensor(dense, {rows.items}, ScalarType::Double);
   double* sums = static_cast<double*>(partial.mutable_data_ptr());
   with_type(dense.scalar_type(), [&](auto zero) {

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from gan_kernels import _convolution, _graph, _norm, _penalty, _rewriting, gradient_penalty
 from gan_kernels._penalty import _Penalty
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -1117,6 +1118,9 @@ def test_malformed_calls_of_the_norms_operator(device):
         ((x, x, x, mean, mean, weight, 3, 3, False), "weight does not fit"),
         ((x, x, x, mean, mean, weight, 2, 7, False), "do not fit x"),
         ((x, x, x, mean, mean, weight, 0, 3, False), "positive"),
+        ((x[:0], x[:0], x[:0], mean, mean, weight[:0], 1, 1, False), "weight does not fit"),
+        ((x, x, x, mean, mean, None, 1, 2**61 + 3, False), "do not fit x"),  # times 8 it wraps
+        ((x[:0], x[:0], x[:0], mean, mean, None, 1, 2**60, False), "do not fit x"),
         ((x.half(), x.half(), x.half(), mean, mean, None, 2, 3, False), "float32 or float64"),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -1125,13 +1129,40 @@ def test_malformed_calls_of_the_norms_operator(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_schemas(dtype, device):
-    """What the operators say of themselves: that they change nothing they are given."""
+    """What the operators say of themselves: they change nothing they are given, and what comes."""
     g = torch.randn(4, 3, 5, 5, device=device, dtype=dtype)
     penalty, norms = ops.penalty(g, 1.0)
-    for layout in (g, g.contiguous(memory_format=torch.channels_last)):
-        torch.library.opcheck(ops.penalty.default, (layout, 1.0), test_utils="test_schema")
+    tests = "test_schema", "test_faketensor"
+    for layout in (g, g.contiguous(memory_format=torch.channels_last), g[..., ::2]):
+        torch.library.opcheck(ops.penalty.default, (layout, 1.0), test_utils=tests)
         arguments = penalty, layout, norms, 1.0
-        torch.library.opcheck(ops.penalty_backward.default, arguments, test_utils="test_schema")
+        torch.library.opcheck(ops.penalty_backward.default, arguments, test_utils=tests)
+    if dtype != torch.bfloat16:
+        mean, weight = g.new_ones(12), g.new_ones(3)
+        for rest in ((weight, 3, 1, False), (None, 1, 1, False)):
+            call = g, g, g, mean, mean, *rest
+            torch.library.opcheck(ops.norm_double_backward.default, call, test_utils=tests)
+
+
+def test_fake_tensors():
+    """Memory is estimated so: by shapes without values."""
+    with FakeTensorMode():
+        layers = nn.Conv2d(3, 16, 3), nn.LayerNorm([16, 30, 30]), nn.ReLU(), nn.Conv2d(16, 8, 3)
+        critic = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 28 * 28, 1))
+        penalty, norms = gradient_penalty(critic, torch.randn(64, 3, 32, 32), return_norms=True)
+        penalty.backward()
+        assert penalty.shape == () and norms.shape == (64,)
+        assert all(p.grad is None or p.grad.shape == p.shape for p in critic.parameters())
+        assert critic[0].weight.grad is not None
+
+
+def test_a_norm_stays_where_no_kernel_can_compute(monkeypatch):
+    """The layer may be on another device than x, which says nothing of it."""
+    monkeypatch.setattr(_norm, "usable", lambda _: False)
+    critic = nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)).double()
+    with SecondDerivatives() as counted:
+        compare(critic, torch.randn(4, 5, dtype=torch.float64))
+    assert counted.calls == 0
 
 
 def test_malformed_calls_of_the_operators(device):

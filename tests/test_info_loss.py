@@ -437,17 +437,62 @@ def test_more_codes_than_the_cuda_kernels_take_are_computed_plainly(monkeypatch)
     assert a.shape == b.shape == () and a.device.type == "cuda"
 
 
-def test_no_memory_says_nothing_of_the_kernels(monkeypatch):
+@pytest.fixture
+def first_call(monkeypatch):
+    """A call to ask whether a GPU's kernels can be used, as if none had been made."""
     from gan_kernels import _library
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(_library, "has_cuda", True)
-    monkeypatch.setattr(torch, "ones", full)
     _library._tried_on.cache_clear()
-    with pytest.raises(torch.OutOfMemoryError):
-        _library._usable_on(torch.device("cuda", 0))
+    yield lambda: _library._usable_on(torch.device("cuda", 0))
+    _library._tried_on.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_no_memory_says_nothing_of_the_kernels(error, first_call, monkeypatch):
+    def full(*_, **__):
+        raise error("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(error, match="out of memory"):
+        first_call()
+
+
+def test_a_first_call_in_a_capture_says_what_to_do_and_is_forgotten(first_call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
+        first_call()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert first_call()
+
+
+def test_fake_tensors_say_nothing_of_the_kernels(first_call, monkeypatch):
+    ones, seen = torch.ones, []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: seen.append(ones(*size)) or seen[0])
+    with FakeTensorMode():
+        assert first_call()
+    assert type(seen[0]) is torch.Tensor
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="earlier versions do not say why")
+def test_no_memory_in_an_operator_is_said():
+    q = torch.zeros(1, 4).expand(2**44, 4)
+    rest = torch.zeros(1, 1, dtype=torch.int64).expand(2**44, 1), q[:, :0], [4]
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.info_loss_backward(torch.ones(()), torch.ones(()), q, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_a_longer_code_has_its_precision(dtype, device):
+    q, category, code, sizes = draw(4096, [3], 2, device, dtype, code_dtype=torch.float32)
+    (got,) = torch.autograd.grad(info_loss(q, category, code.requires_grad_(), sizes)[1], code)
+    (want,) = torch.autograd.grad(info_loss(q.float(), category, code, sizes)[1], code)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
 def test_a_gpu_without_kernels_is_told_once(no_kernels):

@@ -5,26 +5,12 @@ import math
 import torch
 from torch._C import _are_functorch_transforms_active
 
-from gan_kernels._library import ops, usable
+from gan_kernels._library import ops, sum_dtype, usable
 
 CUDA_CODES = 256  # categorical codes that the CUDA kernels take
 
 _forward = ops.info_loss.default
 _backward = ops.info_loss_backward.default
-
-
-def _loss_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("gan_kernels::info_loss")
-def _(q, category, code, sizes):
-    return q.new_empty((), dtype=_loss_dtype(q)), q.new_empty((), dtype=_loss_dtype(q))
-
-
-@torch.library.register_fake("gan_kernels::info_loss_backward")
-def _(categorical_gradient, continuous_gradient, q, category, code, sizes):
-    return q.new_empty(q.shape)
 
 
 def _one_or_nan(index, size, like):
@@ -35,7 +21,7 @@ def _one_or_nan(index, size, like):
 def _plain_backward(categorical_gradient, continuous_gradient, q, category, code, sizes):
     """Return what _backward returns, as operations that autograd can differentiate again."""
     n = code.shape[1]
-    x = q.to(_loss_dtype(q))
+    x = q.to(sum_dtype(q))
     *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)
     precision = torch.exp(-rest) if rest.shape[1] else 1.0
     a, b = categorical_gradient / len(q), continuous_gradient / len(q)
@@ -72,7 +58,7 @@ def _plain_loss(q, category, code, sizes):
     """Return what _forward returns, for a GPU on which the kernels can not compute."""
     _check(q, category, code, sizes)
     n = code.shape[1]
-    x = q.to(_loss_dtype(q))
+    x = q.to(sum_dtype(q))
     *logits, mean, rest = x.split([*sizes, n, x.shape[1] - sum(sizes) - n], dim=1)
     rest = rest if rest.shape[1] else torch.zeros_like(mean)
     categorical = x.new_zeros(())
@@ -84,6 +70,10 @@ def _plain_loss(q, category, code, sizes):
         categorical = categorical - (log_probability * known).mean()
     squares = (code - mean) ** 2 * torch.exp(-rest)
     return categorical, 0.5 * (math.log(2 * math.pi) + rest + squares).sum(1).mean()
+
+
+torch.library.register_fake("gan_kernels::info_loss", _plain_loss)
+torch.library.register_fake("gan_kernels::info_loss_backward", _plain_backward)
 
 
 def _save(ctx, inputs, output):
@@ -102,12 +92,14 @@ class _InfoLoss(torch.autograd.Function):
         q, category, code = ctx.saved_tensors
         # Gradients that will be differentiated again come from operations autograd knows.
         backward = _plain_backward if torch.is_grad_enabled() else _backward
-        gradient = backward(categorical_gradient, continuous_gradient, q, category, code, ctx.sizes)
-        code_gradient = None
-        if ctx.needs_input_grad[2]:  # the code's gradient is minus the mean's
-            first = sum(ctx.sizes)
-            code_gradient = -gradient[:, first : first + code.shape[1]].to(code.dtype)
-        return gradient, None, code_gradient, None
+        rest, first = (category, code, ctx.sizes), sum(ctx.sizes)
+        if not ctx.needs_input_grad[2]:
+            return backward(categorical_gradient, continuous_gradient, q, *rest), None, None, None
+        # the code's gradient is minus the mean's, and may be of a longer dtype than q
+        x = q.to(torch.promote_types(q.dtype, code.dtype))
+        gradient = backward(categorical_gradient, continuous_gradient, x, *rest)
+        of_mean = gradient[:, first : first + code.shape[1]]
+        return gradient.to(q.dtype), None, -of_mean.to(code.dtype), None
 
 
 class _TransformedInfoLoss(_InfoLoss):

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def _find(name):
@@ -24,14 +25,15 @@ if has_cuda:
 ops = torch.ops.gan_kernels
 
 
+def sum_dtype(tensor):
+    """Return the dtype in which a tensor's values are summed, and of the losses."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def build_info():
     """Return in one line what was built: compilers, instruction set in use, CUDA architectures."""
-    cpu = ops.cpu_build()
-    if has_cuda:
-        return f"gan_kernels: {cpu}; {ops.cuda_build()}"
-    if _cuda is not None:
-        return f"gan_kernels: {cpu}; CUDA built, but this PyTorch has none"
-    return f"gan_kernels: {cpu}; no CUDA"
+    without = "no CUDA" if _cuda is None else "CUDA built, but this PyTorch has none"
+    return f"gan_kernels: {ops.cpu_build()}; {ops.cuda_build() if has_cuda else without}"
 
 
 def usable(tensor):
@@ -53,13 +55,16 @@ def _tried_on(device):
     if device.type != "cuda":
         problem = f"it has no kernels for {device.type}"
     elif has_cuda:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("gan_kernels: call it once before a CUDA graph is captured")
         try:  # a GPU that the library was not built for shows at the first kernel
-            ops.penalty(torch.ones(1, 1, device=device), 1.0)
-            torch.cuda.synchronize(device)
+            with _disable_current_modes():  # fake tensors and tracers know nothing of that
+                ops.penalty(torch.ones(1, 1, device=device), 1.0)
+                torch.cuda.synchronize(device)
             return True
-        except torch.OutOfMemoryError:
-            raise  # which says nothing of the kernels
         except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise  # which says nothing of the kernels
             problem = str(error).partition("\n")[0]
     warnings.warn(f"gan_kernels computes in plain PyTorch on this GPU: {problem}", stacklevel=5)
     return False

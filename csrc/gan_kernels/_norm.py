@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from gan_kernels._library import ops
+from gan_kernels._library import ops, usable
 
 aten = torch.ops.aten
 
@@ -89,6 +89,12 @@ def _normalised(x, norm):
     return centred * rstd, rstd, dims, shape
 
 
+@torch.library.register_fake("gan_kernels::norm_double_backward")
+def _(h, g, x, mean, rstd, weight, weight_groups, segments, strided):
+    weights = 1 if weight is None else weight.numel() // weight_groups
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(mean.numel(), weights)
+
+
 class _InputGradient(Function):
     """The gradient of the input, which depends on g, x and the weight."""
 
@@ -158,7 +164,7 @@ class _Normalise(Function):
 def _apply(asked, norm, x, w, b):
     """Apply norm where its kernel computes."""
     tensors = [t for t in (x, w, b) if t is not None]
-    if x.numel() <= LEAST or not x.is_contiguous():
+    if x.numel() <= LEAST or not x.is_contiguous() or not usable(x):
         return NotImplemented
     same = {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
     if not same or torch.is_autocast_enabled(x.device.type):

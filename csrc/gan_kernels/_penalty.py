@@ -9,20 +9,16 @@ from torch import _C
 from torch._dynamo import eval_frame
 
 from gan_kernels._graph import Asked, leaves
-from gan_kernels._library import ops, usable
+from gan_kernels._library import ops, sum_dtype, usable
 from gan_kernels._rewriting import Rewriting
 
 _forward = ops.penalty.default
 _backward = ops.penalty_backward.default
 
 
-def _norm_dtype(gradient):
-    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
-
-
 def _plain_backward(penalty_gradient, gradient, target):
     """Return what _backward returns, as operations that autograd can differentiate again."""
-    rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
+    rows = gradient.to(sum_dtype(gradient)).reshape(len(gradient), -1)
     squares = (rows * rows).sum(1)
     # The root's own derivative is infinite at zero, so it never sees a zero.
     norms = torch.where(squares == 0, 1, squares).sqrt()
@@ -108,11 +104,15 @@ def _silent_parameters(scores, x, rewritten):
 
 def _norm_penalty(gradient, target):
     """Return (penalty, norms) of a gradient as operations that autograd knows."""
-    rows = gradient.to(_norm_dtype(gradient)).reshape(len(gradient), -1)
+    rows = gradient.to(sum_dtype(gradient)).reshape(len(gradient), -1)
     squares = (rows * rows).sum(1)
     # The root's own derivative is infinite at zero, so it never sees a zero; a NaN it does.
     norms = torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
     return ((norms - target) ** 2).mean(), norms.detach()
+
+
+torch.library.register_fake("gan_kernels::penalty", _norm_penalty)
+torch.library.register_fake("gan_kernels::penalty_backward", lambda _, g, *rest: g.clone())
 
 
 def _check_scores(scores, x):
