@@ -32,12 +32,13 @@ of 0.7 after 250 epochs of 500 updates. Departures:
   label joins D at its last layer, as an inner product with the features (Miyato & Koyama 2018,
   https://arxiv.org/abs/1802.05637).
 - G maximises log D instead of minimising log(1 - D), as in Goodfellow et al. 2014, section 3.
-- G's update follows D's, from the same samples; the code that it grew from makes both at once.
+- G follows D, from the same samples; the code that it grew from moves both at once, D by half its
+  loss, and starts black pixels at 1e-7 instead of 0.001.
 - The conv networks have normal noise. The paper's, uniform in the unit hypercube, was too weak
   beside the label: G drew one and the same image for a label.
 - The mlp's G keeps its dropout in sampling, as it comes to use it as noise: without it the
   log-likelihood is far lower.
-- The paper stops at the best likelihood on a validation set; here a run ends with its last epoch.
+- The paper chooses sigma and epoch by a validation set; here trained images and the last epoch do.
 
 Nothing here has a fused kernel: --kernels changes nothing.
 """
@@ -224,7 +225,7 @@ class MLPDiscriminator(nn.Module):
     def forward(self, x, label):
         pixels, label = x.flatten(1) / 2 + 0.5, F.one_hot(label, self.classes).float()
         both = torch.cat([dropout(self.image(pixels)), dropout(self.label(label))], dim=1)
-        return self.score(dropout(self.joint(both))).squeeze(1)
+        return self.score(dropout(self.joint(both))).squeeze(1).float()  # under autocast, too
 
 
 def dropout(x):

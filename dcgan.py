@@ -38,10 +38,10 @@ What the script measures of the paper's claims:
   bright C: how often a classifier says C, and what share of the brightness comes along.
 - Appendix, with --label: the test error of the nearest of 50,000 samples, of as many real images.
 
-Departures: G learns from the fakes that D has just been shown, where the authors spend another
-batch; no weight decay (theirs is 1e-5). Images are drawn with batch norm's running averages, so
-that each follows from its noise alone; the authors' come from the batch's (--batch-statistics).
-Nothing here has a fused kernel: --kernels changes nothing.
+Departures: G learns from the fakes that D has just been shown, the authors' from another batch; no
+weight decay (theirs 1e-5, MNIST 2.5e-5). Images are drawn by batch norm's running averages, theirs
+by the batch's (--batch-statistics). On MNIST they train with 50,000 images and a sigmoid, here with
+all 60,000 (whose nearest errs on 3.09 %) and tanh. No fused kernel: --kernels changes nothing.
 """
 
 import argparse
@@ -575,7 +575,7 @@ def walk_figures(generator, classifier):
 
 
 def save_filters(discriminator, path):
-    """D's first layer (figure 5 has its like), each filter from black to white; without labels'."""
+    """D's first layer (not in the paper), each filter from black to white; without labels'."""
     weights = discriminator.layers[0][0].weight.detach()
     images = weights[:, : weights.shape[1] - discriminator.k]
     images = images if images.shape[1] in (1, 3) else images.mean(dim=1, keepdim=True)

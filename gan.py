@@ -108,7 +108,7 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def draw(self, n, seed=None):
-        """z of n samples, (n, noise): uniform, of variance 1; of a seed without a trace."""
+        """z of n samples, (n, noise): uniform, of variance 1; with a seed no other draws change."""
         device = self.layers[0].weight.device
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         return (2 * torch.rand(n, self.noise, device=device, generator=rng) - 1) * math.sqrt(3)
@@ -168,7 +168,7 @@ def learning_rate(updates, lr, fall_from=1e9, end=1e9, decay=4e-6):
 
 
 class PaperSGD(torch.optim.Optimizer):
-    """The authors' SGD: the momentum rises from 0.5 to 0.7 in 250 epochs of 500."""
+    """The authors' SGD: the momentum rises from 0.5 to 0.7 in 250 epochs of 500 updates."""
 
     def __init__(self, parameters, lr, *schedule):
         super().__init__(parameters, {"lr": lr, "schedule": schedule})
@@ -291,7 +291,7 @@ def share(points):
 
 
 def distances(p, q):
-    """Total variation, from 0 to 1, and Jensen-Shannon divergence, to log 2, of two densities."""
+    """Total variation, from 0 to 1, and Jensen-Shannon divergence, to log 2, of shares in bins."""
     divergence = sum(torch.special.xlogy(x, 2 * x / (p + q)).nansum() for x in (p, q)) / 2
     return {"total_variation": (p - q).abs().sum() / 2, "jensen_shannon": divergence}
 
@@ -422,7 +422,7 @@ def finish(model, data, folder, rows):
 
 
 def save_strip(path, folder):
-    """Figure 1 over time: six of the panels in the folder, the first and the last among them."""
+    """Figure 1 over time: up to six of the panels in the folder, the first and the last too."""
     panels = sorted(folder.glob("*.png"))
     at = np.unique(np.geomspace(1, len(panels), 6).round().astype(int)) - 1  # most happens early
     strip = np.concatenate([np.asarray(Image.open(panels[i])) for i in at], axis=1)

@@ -13,12 +13,12 @@ Claim (50 epochs, one CPU core): the first category is the digit for 0.936 of th
 scikit-learn's digits (median of 5 seeds), of MNIST's 0.981, 0.981, 0.887 (3): docs/infogan.md.
 
 The generator G draws an image from noise z and codes c: categories, and values uniform in (-1, 1).
-A network Q reads the codes back, and G is trained to make that possible. By section 4, in nats,
+A network Q reads the codes back, and G is trained to make that possible. By section 5, in nats,
 
     L_I(G, Q) = E[log Q(c | G(z, c))] + H(c)  <=  I(c; G(z, c))
     min over G and Q, max over D:  V(D, G) - lambda L_I(G, Q)                        (equation 6)
 
-Q is the discriminator D with another last layer (appendix C). The script measures L_I beside its
+Q is the discriminator D with other last layers (appendix C). The script measures L_I beside its
 ceiling H(c) (figure 1), the test accuracy of Q's first category as a classifier (section 7.2: 5 %
 error), and what each continuous code does to the digit (figure 2). Labels serve that alone.
 
@@ -181,7 +181,7 @@ class Discriminator(nn.Module):
     def forward(self, x):
         features = self.trunk(x)
         q = self.q(features.detach() if self.watch else features)
-        return self.score(features).squeeze(1), q
+        return self.score(features).squeeze(1).float(), q  # under autocast, too
 
 
 def initialise(module):
@@ -198,7 +198,7 @@ def initialise(module):
 
 # ------------------------------------------------------------------ losses and the training step
 def info_loss_reference(q, category, code, sizes):
-    """-log Q(c | x) of the true codes; H(c) minus this is the bound L_I (section 4).
+    """-log Q(c | x) of the true codes; H(c) minus this is the bound L_I (section 5).
 
     q is Q's flat output [logits of each categorical code | mean | log_var], float of shape
     (batch, sum(sizes) + 2 n), or (batch, sum(sizes) + n) for unit variance; category is int64
@@ -367,7 +367,7 @@ def save_samples(model, path):
 @torch.no_grad()
 def evaluate(model, data):
     """The test accuracy of Q's first category; batch norm by the statistics of about 500 images."""
-    sizes, k = model.generator.categorical, len(data.test) // 500 | 1
+    sizes, k = model.generator.categorical, max(1, len(data.test) // 500)
     if not sizes or sizes[0] != len(data.classes) or len(data.test) < 2:
         return {}
     parts = [slice(i, None, k) for i in range(k)]  # a folder is in the order of its classes

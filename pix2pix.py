@@ -11,7 +11,7 @@ pictures to translate one kind into the other: labels into photographs, grey int
     python pix2pix.py --dataset facades --direction BtoA
     python pix2pix.py --translate runs/.../checkpoint.pt --input pictures --out translated
 
-On facades, 2,000 updates at a quarter of the width (an EPYC core, n = 100 pairs, 1 seed), the
+On facades, 2,000 updates on 128x128 squares, a quarter of the width (n = 100 pairs, 1 seed), the
 outputs' a and b overlap the truths' by 0.76, 0.74, without D by 0.75, 0.40. More: docs/pix2pix.md.
 
 With x the input, y its truth, z the noise and G(x, z) what the generator makes of x:
@@ -28,19 +28,19 @@ ablations are flags: --loss takes away D, the L1 term, or x from D; --network th
 What the script measures of the paper's claims, on held-out pairs:
 
 - `l1`, of values in [0, 1], and `diversity`, the mean distance between two outputs over that
-  between two truths (section 4.1: GAN whose D does not see x collapses to one output);
+  between two truths (section 4.2: GAN whose D does not see x collapses to one output);
 - `histogram_l`, `_a`, `_b`: how far the colours of outputs and truths overlap (figure 7), in Lab,
   in bins of 2 units; `sharpness`, the outputs' gradient energy over the truths' (L1 blurs);
 - where the truth is a map of labels: accuracy per pixel, per class, and intersection over union, by
   nearest palette colour (table 6: L1 alone is best there);
 - where the input is: the same of what a segmenter, trained on real pairs, sees in the outputs, and
-  in the truths (the FCN score of section 3.4, by a smaller network);
+  in the truths (the FCN score of section 4.1, by a smaller network);
 - `noise`, the root mean square difference of two outputs of one input (section 3.1: it is small).
 
 Departures: norm is by each map of each picture alone, which at the paper's batch of 1 is its batch
 norm, so that a picture is translated alike alone, in a batch, in training and after; G learns from
-D after D's update (the authors reuse D's answer from before); D's loss is halved as the paper says.
-Pictures of any size are continued by reflection to what G can halve, and cut back.
+D after D's update (the authors reuse D's answer from before). Pictures keep their size, and squares
+of them are trained on, where the authors make all 256x256; reflection continues them for G.
 
 Nothing here has a fused kernel: --kernels changes nothing.
 """
@@ -247,7 +247,7 @@ def train_step(model, x, y):
     losses, loss_g = {"loss_l1": loss_l1}, args.l1_weight * loss_l1 if "l1" in args.loss else 0
 
     if "gan" in args.loss:
-        # halved, so that D learns slowly relative to G (section 3.3)
+        # halved as in section 3.3, though Adam divides such a factor out again
         loss_d = (F.softplus(-D(x, y)).mean() + F.softplus(D(x, fake.detach())).mean()) / 2
         model.optimizer_d.zero_grad()
         loss_d.backward()
@@ -289,7 +289,7 @@ def generator_of(args, about):
 
 
 def depth_of(args):
-    """How often a training crop is halved, to a side of 1."""
+    """How often a training crop is halved: to a side of 1, or of 2 if it is no power of 2."""
     return int(math.log2(args.image_size))
 
 
@@ -492,7 +492,7 @@ def mean_distance(pictures):
     return torch.pdist(small).mean().item()
 
 
-# ------------------------------------------------------------------ labels (table 6, section 3.4)
+# ------------------------------------------------------------------ labels (table 6, section 4.1)
 def nearest(image, palette):
     """The number (height, width) of the nearest of colours (k, 3) in [0, 255], of a picture."""
     pixels = image.flatten(1).T * 255
