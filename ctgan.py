@@ -40,13 +40,11 @@ D, weight decay 1e-6 on G, twice the reconstruction in TVAE's loss. Departures:
 - A pack has one row, not ten, as table 3 finds better too: with one, the classifiers that learn
   Adult from synthetic rows had a mean F1 of 0.637, with ten 0.557 and 0.598 (seed 0, before
   raking). Tables without a discrete column have packs of five.
-- TVAE draws categories and modes, as the paper has it; the authors' code takes the likeliest, which
-  loses rare ones.
+- TVAE draws categories and modes as the paper has it; the authors' likeliest lose rare ones.
 - Rows drawn are raked: kept with a chance that gives each column its shares of the data again.
 - The learning rate falls to 0 in the second half of the updates, after which asia's likelihood
   fitness no longer swings.
-- Tables are small here: below 5,000 rows more epochs than the paper's 300, so that there are 3,000
-  updates.
+- Below 5,000 rows there are more epochs than the paper's 300: 3,000 updates.
 """
 
 from __future__ import annotations
@@ -75,13 +73,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from scipy.special import digamma, logsumexp
+from sklearn import ensemble
 from sklearn.cluster import KMeans
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import (
-    AdaBoostClassifier,
-    HistGradientBoostingClassifier,
-    HistGradientBoostingRegressor,
-)
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import f1_score, r2_score, roc_auc_score
@@ -108,11 +102,8 @@ def arguments():
     names = {"nargs": "+", "default": [], "metavar": "COLUMN"}
     add = parser.add_argument_group("the table").add_argument
     add("--data", metavar="FILE", help="a CSV file with a header, instead of --dataset")
-    add(
-        "--dataset",
-        default="auto",
-        help=f"{', '.join(SETS)}, or a network.bif; auto: adult, or else simulated",
-    )
+    sets = f"{', '.join(SETS)}, or a network.bif; auto: adult, or else simulated"
+    add("--dataset", default="auto", help=sets)
     add("--data-dir", default="data", help="where adult is kept")
     add("--header", **names, help="names of the columns of a --data without a header")
     add("--discrete", **names, help="columns to take as categories, whatever they look like")
@@ -121,7 +112,7 @@ def arguments():
     add("--target", metavar="COLUMN", help="what classifiers are to predict (efficacy)")
     add("--test-rows", type=at_least(1), help="rows held out; None: a fifth, at most 10,000")
     add = parser.add_argument_group("--generate").add_argument
-    add("--rows", type=at_least(1), default=1000, help="rows to generate")
+    add("--rows", type=at_least(1), help="rows to generate; None: 1,000")
     add("--given", nargs="+", default=[], metavar="COLUMN=VALUE", help="or COLUMN=LOW..HIGH")
     add = parser.add_argument_group("CTGAN and TVAE").add_argument
     add("--model", choices=("ctgan", "tvae"), default="ctgan", help="which of the paper's two")
@@ -277,11 +268,12 @@ def step_of(times):
     return 1
 
 
-def as_dtype(x, dtype):
-    """The reverse of as_float."""
+def as_dtype(x, dtype, step=1):
+    """The reverse of as_float; times are of whole steps, to the last digit of an integer."""
     if dtype[1] != "M":
         return x.astype(dtype)
-    return np.where(np.isnan(x), np.iinfo(np.int64).min, x).astype(np.int64).view(dtype)
+    whole = np.where(np.isnan(x), 0, x / step).round().astype(np.int64) * step
+    return np.where(np.isnan(x), np.iinfo(np.int64).min, whole).view(dtype)
 
 
 def decode(rows, columns):
@@ -294,10 +286,8 @@ def decode(rows, columns):
             means, scales = np.array(column["means"] + [np.nan]), np.array(column["scales"] + [0])
             x = means[span] + rows[:, next(numbers)].clip(-1, 1) * scales[span]
             values = x if column["decimals"] is None else x.round(column["decimals"]) + 0.0  # no -0
-            if (step := column.get("step", 1)) > 1:  # of times
-                values = (values / step).round() * step
             values = values.clip(column["low"], column["high"])
-            values = as_dtype(values, column["dtype"])
+            values = as_dtype(values, column["dtype"], column.get("step", 1))
         table[column["place"]] = column["name"], values
     return dict(table[place] for place in sorted(table))
 
@@ -705,7 +695,8 @@ def given_values(model, given):
                 texts = [str(known).strip() for known in texts]  # in the file; in Python
                 found = found or [i for i, known in enumerate(texts) if known == text]
             if not found:
-                raise UsageError(f"{name} has no value {value!r}, but {', '.join(texts[:20])}")
+                known = ", ".join(texts[:20])
+                raise UsageError(f"{name}: no row trained on has {value!r}, but {known}")
             at = found[0]
             wanted.append(model.offsets[model.columns.index(column)].item() + at)
             tests[name] = functools.partial(is_value, values[at])
@@ -721,16 +712,17 @@ def own_rng(tensor, seed):
 
 def number_range(value, column):
     """Lowest and highest number or time that (low, high), "low..high" or one value stands for."""
-    ends = value.split("..") if isinstance(value, str) else value
+    ends = value.split("..", 1) if isinstance(value, str) else value
     ends = [*ends] if isinstance(ends, (list, tuple, range, np.ndarray)) else [ends]
+    form = f"{column['name']}={value}: take one value or LOW..HIGH"
     try:
         low, high = (as_number(ends[i], column) for i in (0, -1))
     except (IndexError, TypeError, ValueError) as error:
-        raise UsageError(f"{column['name']}={value}: {error}") from error
+        raise UsageError(f"{form} ({error})") from error
     if not (low <= high and as_float(low) <= column["high"] and as_float(high) >= column["low"]):
         known = as_dtype(np.array([column["low"], column["high"]]), column["dtype"])
         known = " to ".join(format_column(known, column))
-        raise UsageError(f"{column['name']}={value}: the data have {known}")
+        raise UsageError(f"{form}; the data have {known}")
     return low, high
 
 
@@ -768,7 +760,7 @@ def fit(table, model="ctgan", discrete=(), continuous=(), **settings):
     does not fit, and where training diverges.
     """
     names = {"discrete": discrete, "continuous": continuous, "drop": settings.pop("drop", ())}
-    names = {flag: [*map(str, columns)] for flag, columns in names.items()}
+    names = {k: [v] if isinstance(v, str) else [*map(str, v)] for k, v in names.items()}
     args = settings_of({"model": model} | names | settings)
     device = choose_device(args.device)
     data = table_data("table", *as_table(table), args, device, test={})
@@ -817,14 +809,16 @@ def load_model(path, device="cpu"):
 def generate(args):
     """--generate: a CSV file of --rows rows, each as --given says."""
     given = dict(pair.partition("=")[::2] for pair in args.given)
-    model = load_model(args.generate, choose_device(args.device))
-    table, share = sample_given(model, args.rows, given, args.seed)
-    path = Path(args.out or "synthetic.csv")
-    if not path.name:
-        raise UsageError(f"--out {path}: name a file")
+    if len(given) < len(args.given):
+        raise UsageError("--given: a column is named twice")
+    path, data = Path(args.out or "synthetic.csv"), load_checkpoint(args.generate)["config"]["data"]
+    if not path.name or path.resolve() == Path(data or "/").resolve():
+        raise UsageError(f"--out {path}: name a file, and not the data's")
+    model, rows = load_model(args.generate, choose_device(args.device)), args.rows or 1000
+    table, share = sample_given(model, rows, given, args.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, table, model.columns)
-    print(f"{SCRIPT}: {path}, {args.rows:,} rows")
+    print(f"{SCRIPT}: {path}, {rows:,} rows")
     if given:
         print(f"{SCRIPT}: {share:.1%} of the rows drawn were as given and were kept")
 
@@ -879,6 +873,7 @@ def parse(texts, exact=False):
     """Texts as an array of integers, decimals, times (datetime64) or else text; their format.
 
     exact, for categories: no two texts become one number, as 1.1 and 1.10 would, and no digit goes.
+    Different integers that would be one float are text: they are names.
     """
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each is parsed once
     index = np.fromiter(map(place.__getitem__, texts), int, len(texts))
@@ -887,9 +882,9 @@ def parse(texts, exact=False):
     known = [value for value in values if value.lower() not in MISSING]
     form = {"decimals": None, "missing_text": min(gaps, default="", key=len)}
     numeric = known and all(map(NUMBER.fullmatch, known))
-    if numeric and exact:
+    if numeric and (exact or all(map(str.isdecimal, known))):
         numbers = {*map(float, known)}
-        numeric = len(numbers) == len({*known}) and max(map(abs, numbers)) < 2**53
+        numeric = len(numbers) == len({*known}) and not (exact and max(map(abs, numbers)) >= 2**53)
     if numeric:
         numbers = np.array([np.nan if v.lower() in MISSING else float(v) for v in values])
         shown = max(99 if "e" in v.lower() else len(v.partition(".")[2]) for v in known)
@@ -898,13 +893,15 @@ def parse(texts, exact=False):
             form |= {"decimals": decimals, "shown": shown}
         whole = shown == 0 and not gaps and np.abs(numbers).max() < 2**53
         return (numbers.astype(np.int64) if whole else numbers)[index], form
-    for time_format, unit in TIMES.items() if known else ():
+    fitting = []  # where 03/04/2020 may be in March or April, that of which fewer days differ
+    for form_of_time in TIMES if known else ():
         with contextlib.suppress(ValueError):
-            times = [
-                "NaT" if v.lower() in MISSING else datetime.strptime(v, time_format) for v in values
-            ]
-            times = np.array(times, f"datetime64[{unit}]")
-            return times[index], form | {"decimals": 0, "time": time_format}
+            fitting.append(([datetime.strptime(v, form_of_time) for v in known], form_of_time))
+    if fitting:
+        times, form_of_time = min(fitting, key=lambda pair: len({time.day for time in pair[0]}))
+        times = dict(zip(known, times))
+        times = np.array([times.get(v, "NaT") for v in values], f"M8[{TIMES[form_of_time]}]")
+        return times[index], form | {"decimals": 0, "time": form_of_time}
     return np.array(values)[index], form
 
 
@@ -977,6 +974,8 @@ Data = namedtuple("Data", "name columns train table test truth")
 
 def load_data(args, device):
     """The table asked for; auto is Adult or, where that can not be had, a simulated one."""
+    if (args.given or args.rows) and not args.resume:
+        raise UsageError("--given and --rows go with --generate CHECKPOINT")
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     if args.data or args.dataset.endswith(".bif"):
         args.data = os.path.abspath(os.path.expanduser(args.data or args.dataset))
@@ -1053,9 +1052,15 @@ def table_data(name, table, forms, args, device, test=None, truth=None):
         )
     if RANK == 0:
         print(f"{SCRIPT}: discrete: {', '.join(f'{c} ({n})' for c, n in sizes.items())}")
-        print(f"{SCRIPT}: continuous: {', '.join(c for c in table if c not in discrete)}")
+        shown = [f"{c} {forms[c].get('time', '')}".strip() for c in table if c not in discrete]
+        print(f"{SCRIPT}: continuous: {', '.join(shown)}")
         for column, size in sizes.items():
-            if size > 0.5 * len(table[column]) > 5:
+            texts = [str(value).strip() for value in np.unique(table[column])]
+            odd = [t for t in texts if not NUMBER.fullmatch(t) and t.lower() not in MISSING]
+            near = sum(bool(NUMBER.fullmatch(text.replace(",", "."))) for text in texts)
+            if odd and near > 0.9 * size and column not in args.discrete:
+                print(f"{SCRIPT}: {column}: text, since {odd[0]!r} is no number (1234.5 is one)")
+            elif size > 0.5 * len(table[column]) > 5:
                 print(f"{SCRIPT}: {column}: most values are met once, and are copied; --drop it?")
     if test is None:
         order = np.arange(len(next(iter(table.values()))))
@@ -1075,9 +1080,14 @@ def table_data(name, table, forms, args, device, test=None, truth=None):
 
 def is_discrete(name, values, args):
     """Text, bools, and numbers of which there are at most ten different, none of them missing."""
-    if name in args.discrete or values.dtype.kind not in "iufM":
+    kind = values.dtype.kind
+    if name in args.discrete or kind not in "iufM":
         return True
-    few = values.dtype.kind in "iuf" and len(np.unique(values[:1000])) <= 10
+    if kind in "iu":
+        x = as_float(values)
+        if abs(x).max() >= 2**62 or len(np.unique(x)) < len(np.unique(values)):
+            return True  # different integers that would be one float are names
+    few = kind in "iuf" and len(np.unique(values[:1000])) <= 10
     return few and len(np.unique(values)) <= 10 and not np.isnan(values).any()
 
 
@@ -1178,9 +1188,7 @@ def read_network(text):
     for name, inside in re.findall(variable, text):
         values[name] = [value.strip() for value in inside.split(",")]
     if not values:
-        raise ValueError(
-            "no BIF: it has no `variable NAME { type discrete [ N ] { VALUE, ... }; }`"
-        )
+        raise ValueError("no BIF: no `variable NAME { type discrete [ N ] { VALUE, ... }; }`")
     for head, body in re.findall(r"probability\s*\(([^)]*)\)\s*\{([^}]*)\}", text):
         try:
             name, *parents = re.split(r"[\s,|]+", head.strip())
@@ -1394,15 +1402,6 @@ def total_variation(a, b):
     return min(float(abs(p - q).sum() / 2), 1.0)
 
 
-def kolmogorov_smirnov(a, b):
-    """The greatest distance of two samples' distribution functions; 1 if only one is empty."""
-    if not (len(a) and len(b)):
-        return float(len(a) != len(b))
-    x = np.concatenate([a, b])
-    p, q = (np.searchsorted(np.sort(part), x, side="right") / len(part) for part in (a, b))
-    return float(abs(p - q).max())
-
-
 def column_shapes(real, synthetic, discrete):
     """{column: score in [0, 1]}, 1 where real and synthetic are distributed alike.
 
@@ -1416,7 +1415,11 @@ def column_shapes(real, synthetic, discrete):
             scores[name] = 1 - total_variation(*codes(a, b))
         else:
             missing = float(abs(np.isnan(a).mean() - np.isnan(b).mean()))
-            scores[name] = 1 - max(kolmogorov_smirnov(present(a), present(b)), missing)
+            a, b = present(a), present(b)
+            x = np.concatenate([a, b])
+            p, q = (np.searchsorted(np.sort(c), x, side="right") / (len(c) or 1) for c in (a, b))
+            distance = abs(p - q).max(initial=0)  # 1 where only one is empty
+            scores[name] = 1 - float(max(distance, missing))
     return scores
 
 
@@ -1542,9 +1545,8 @@ def detection_auc(real, synthetic, discrete, seed=0):
             x.append((-np.bincount(code)).argsort(kind="stable").argsort()[code].clip(max=254))
         else:
             x.append(np.nan_to_num(scaled(column, column), nan=-1))
-    model = HistGradientBoostingClassifier(
-        categorical_features=[name in discrete for name in real], random_state=seed
-    )
+    kinds = [name in discrete for name in real]
+    model = ensemble.HistGradientBoostingClassifier(categorical_features=kinds, random_state=seed)
     folds = StratifiedKFold(3, shuffle=True, random_state=seed)
     x, y = np.stack(x, axis=1), np.repeat([0, 1], n)
     return float(cross_val_score(model, x, y, cv=folds, scoring="roc_auc").mean())
@@ -1650,11 +1652,13 @@ def efficacy(train, synthetic, test, target, discrete, ordinal=None, seed=0):
             "tree": DecisionTreeClassifier(
                 max_depth=15, class_weight="balanced", random_state=seed
             ),
-            "adaboost": AdaBoostClassifier(n_estimators=50, random_state=seed),
+            "adaboost": ensemble.AdaBoostClassifier(n_estimators=50, random_state=seed),
             "logistic": LogisticRegression(class_weight="balanced", max_iter=50),
             "mlp": MLPClassifier((50,), max_iter=50, random_state=seed),
             # to stop early it would need two rows of each class
-            "boosting": HistGradientBoostingClassifier(early_stopping=False, random_state=seed),
+            "boosting": ensemble.HistGradientBoostingClassifier(
+                early_stopping=False, random_state=seed
+            ),
         }
     else:
         tables = [{n: c[~np.isnan(t[target])] for n, c in t.items()} for t in tables]
@@ -1665,7 +1669,7 @@ def efficacy(train, synthetic, test, target, discrete, ordinal=None, seed=0):
         models = {
             "linear": LinearRegression(),
             "mlp": MLPRegressor(hidden_layer_sizes=(100,), max_iter=50, random_state=seed),
-            "boosting": HistGradientBoostingRegressor(random_state=seed),
+            "boosting": ensemble.HistGradientBoostingRegressor(random_state=seed),
         }
     x, scores = efficacy_features(tables, target, discrete, ordinal or {}), {}
     for source, rows, answers in zip(("real", "synthetic"), x, y):

@@ -273,6 +273,60 @@ def test_decimals_of_an_array_are_those_of_all_its_values(x, decimals):
     assert np.allclose(back, x, atol=1e-4)
 
 
+def test_times_of_an_array_are_exact_multiples_of_their_step():
+    """A float counts nanoseconds since 1970 in steps of 256."""
+    x = np.datetime64("2023-11-03T21:37:28.399", "ms") + np.arange(500) * 1234567
+    made = ctgan.sample(model_of({"x": x.astype("datetime64[ns]")})[0], 500)["x"]
+    assert made.dtype == "datetime64[ns]" and not (made.astype(np.int64) % 10**6).any()
+
+
+@pytest.mark.parametrize("start", [2**53, 1745000000000000000, 2**63])
+def test_integers_that_a_float_would_round_are_names(start):
+    """18 digits of an account collapsed into six that nobody has."""
+    texts = [str(start + i) for i in range(60)]
+    table, _ = ctgan.read_csv(write("in.csv", {"id": texts, "x": map(str, range(60))}))
+    for columns in (table, {"id": np.array([int(text) for text in texts])}):
+        data = data_of(columns)
+        made = ctgan.decode(data.train, data.columns)["id"]
+        assert "categories" in data.columns[0] and made.astype(str).tolist() == texts
+
+
+@pytest.mark.parametrize(
+    "texts, form",
+    [
+        ([f"01/{1 + i % 12:02}/{2010 + i // 12}" for i in range(60)], "%d/%m/%Y"),  # monthly
+        ([f"{1 + i % 12:02}/01/{2010 + i // 12}" for i in range(60)], "%m/%d/%Y"),
+        ([f"{1 + i % 12:02}/{1 + i % 28:02}/2020" for i in range(60)], "%m/%d/%Y"),
+        ([f"{1 + i % 28:02}/{1 + i % 12:02}/2020" for i in range(60)], "%d/%m/%Y"),
+    ],
+)
+def test_days_and_months_are_told_apart_and_said(texts, form, capsys):
+    data = whole(*ctgan.read_csv(write("in.csv", {"day": texts, "x": map(str, range(60))})))
+    assert f"day {form}" in capsys.readouterr().out
+    ctgan.write_csv("out.csv", ctgan.decode(data.train, data.columns), data.columns)
+    assert read("out.csv")["day"] == tuple(texts)
+
+
+@pytest.mark.parametrize(
+    "texts", [["8,00", "7,50", ""], ["1,234", "1,500", "900"], ["-", "3", "4"]]
+)
+def test_numbers_that_are_taken_for_text_are_told(texts, capsys):
+    odd = ["8,00", "7,50", "1,234", "1,500", "-"]
+    texts = [*texts, *map(str, range(5, 60))]
+    data_of(
+        {
+            "x": np.array(texts),
+            "y": np.array(["1.1", "1.10", "2.0"] * (len(texts) // 3 + 1))[: len(texts)],
+        }
+    )
+    said = capsys.readouterr().out
+    assert (
+        any(f"x: text, since {text!r} is no number" in said for text in odd) and "y: " not in said
+    )
+    data_of({"x": np.array(texts)}, "--discrete", "x")
+    assert "since" not in capsys.readouterr().out
+
+
 def test_columns_of_objects_are_read_as_a_file_s():
     """#150: None and nan became the words None and nan."""
     table, forms = ctgan.as_table({
@@ -1413,7 +1467,8 @@ def test_columns_can_be_dropped_and_their_types_chosen(capsys):
     }  # fmt: skip
     said = capsys.readouterr().out
     assert (
-        "discrete: colour (3), size (" in said and "continuous: price, day, weight, level" in said
+        "discrete: colour (3), size (" in said
+        and "continuous: price, day %Y-%m-%d, weight, level" in said
     )
     everything = mixed().keys()
     assert "--drop" in refused(capsys, "--data", "in.csv", "--drop", *everything)
@@ -1446,7 +1501,7 @@ def test_progress_from_the_first_second(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ctgan.main(["--data", "in.csv"])
     said = capsys.readouterr().out
-    assert "colour (3)" in said and "size, price, day, weight" in said
+    assert "colour (3)" in said and "size, price, day %Y-%m-%d, weight" in said
 
 
 # ------------------------------------------------------------------ too large a table
@@ -1637,6 +1692,9 @@ def test_generate(finished, capsys):
         ("colour", "blue, dark, green, red"),
         ("size=many", "size"),
         ("size=900..1000", "-50 to"),
+        ("size=40..30", "LOW..HIGH"),
+        ("size=3..", "LOW..HIGH"),
+        ("size=3..4..5", "LOW..HIGH"),
         ("day=31.12.2021", "day"),
     ],
 )
@@ -1644,6 +1702,22 @@ def test_generate_with_what_is_not_there(given, said, finished, capsys):
     """#124, #24: the error names the columns or the values that there are."""
     path = finished / "checkpoint.pt"
     assert said in refused(capsys, "--generate", path, "--given", given, "--out", "made.csv")
+
+
+def test_a_column_given_twice_and_the_data_s_own_file_are_refused(capsys):
+    flags = "--data", write("in.csv", mixed()), *SMALL, "--max-steps", 1, "--out", "run"
+    ctgan.main([*map(str, flags)])
+    path, before = "run/checkpoint.pt", Path("in.csv").read_bytes()
+    given = "--given", "colour=green", "colour=red"
+    assert "twice" in refused(capsys, "--generate", path, *given, "--out", "made.csv")
+    assert "the data's" in refused(capsys, "--generate", path, "--out", "in.csv")
+    assert Path("in.csv").read_bytes() == before
+
+
+def test_what_goes_with_generate_is_not_ignored(capsys):
+    for flags in (["--rows", 50], ["--given", "colour=green"]):
+        said = refused(capsys, "--data", write("in.csv", mixed()), "--out", "run", *flags)
+        assert "--generate" in said and not Path("run").exists()
 
 
 def test_dates_are_given_as_they_stand_in_the_file():
