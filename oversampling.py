@@ -679,8 +679,7 @@ def from_images(images, form, like):
 
 
 OF_RUNS = {"dataset", "data_dir", "image_size", "counts", "out", "resume", "generate", "log_every"}
-OF_RUNS |= {"seeds", "rows", "balance", "target", "label", "no_graph", "seed"}  # not fit's, whose
-# random_state stands for the seed
+OF_RUNS |= {"seeds", "rows", "balance", "target", "label", "no_graph", "seed"}  # are not fit's
 
 
 def refuse(message):
@@ -774,10 +773,11 @@ def predict(model, X):
     Of a model from a checkpoint floats are taken to be in [0, 1], integers in [0, 255].
     """
     X = np.asarray(X)
-    if model.form and model.form.floats != (X.dtype.kind == "f"):
-        raise UsageError(f"X of {X.dtype}: integers and floats are of another range than in fit")
-    shape = model.images.shape[1:] if X.ndim == 2 else None
-    form = model.form or form_of(X, shape)._replace(low=0, high=1 if X.dtype.kind == "f" else 255)
+    shape, floats = model.images.shape[1:] if X.ndim == 2 else None, X.dtype.kind == "f"
+    form = model.form or form_of(X, shape)._replace(low=0, high=1 if floats else 255)
+    if floats != form.floats or X.shape[1:] not in (form.shape, (math.prod(form.shape),)):
+        kind = "floats" if form.floats else "integers"
+        raise UsageError(f"X of {X.dtype}, rows of {X.shape[1:]}: fit had {kind}, {form.shape}")
     images = to_images(X, form).to(model.count.device)
     return np.array(model.classes)[found_classes(model, images).cpu().numpy()]
 

@@ -698,8 +698,10 @@ def test_predict_gives_the_labels_that_were_learned():
     found = oversampling.predict(model, X)
     assert found.dtype == y.dtype and (found == y).mean() > 0.95
     assert oversampling.predict(model, X[:1]).tolist() == [found[0]]
-    with pytest.raises(ValueError, match="of another range than in fit"):
-        oversampling.predict(model, (X * 255).astype(np.uint8))
+    assert (oversampling.predict(model, X.reshape(len(X), 64)) == found).all()
+    for wrong in ((X * 255).astype(np.uint8), X[:, ::2], X[:, None], X.reshape(-1, 4, 16)):
+        with pytest.raises(ValueError, match=r"fit had floats, \(8, 8\)"):
+            oversampling.predict(model, wrong)
     bright = [oversampling.sample(model, 20, c).mean() for c in "abc"]
     assert bright[0] < bright[1] < bright[2]  # as the classes are
     images = oversampling.sample(model, 5, "b")
