@@ -811,10 +811,10 @@ def generate(args):
     given = dict(pair.partition("=")[::2] for pair in args.given)
     if len(given) < len(args.given):
         raise UsageError("--given: a column is named twice")
-    path, data = Path(args.out or "synthetic.csv"), load_checkpoint(args.generate)["config"]["data"]
-    if not path.name or path.resolve() == Path(data or "/").resolve():
-        raise UsageError(f"--out {path}: name a file, and not the data's")
     model, rows = load_model(args.generate, choose_device(args.device)), args.rows or 1000
+    path = Path(args.out or "synthetic.csv")
+    if not path.name or path.resolve() == Path(model.args.data or "/").resolve():
+        raise UsageError(f"--out {path}: name a file, and not the data's")
     table, share = sample_given(model, rows, given, args.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, table, model.columns)
