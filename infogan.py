@@ -73,7 +73,7 @@ def arguments():
     """The paper's settings as flags, beside those that every script has."""
     parser = run_arguments("InfoGAN (Chen et al. 2016): a GAN whose codes come to mean something.")
     parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    parser.add_argument("--data-dir", default="data", help="of data sets; images: --dataset folder")
+    parser.add_argument("--data-dir", default="data", help="of data sets, or your own images")
     parser.add_argument("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("InfoGAN").add_argument
     sizes, count, real = at_least(2, high=1000), at_least(0, high=100), at_least(0, float)
@@ -524,25 +524,26 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # --- shared: data ---
 def load_data(args, device):
-    """The set asked for; auto is MNIST or, where that can not be had, scikit-learn's digits."""
+    """The set asked for; auto: MNIST, images that lie in its place, or scikit-learn's digits."""
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
-    name, folder = "mnist" if args.dataset == "auto" else args.dataset, args.data_dir
+    name, folder = args.dataset, Path(args.data_dir)
+    if name == "auto":  # data sets keep their images deeper
+        near = {path.suffix.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))}
+        name = "folder" if near & {*IMG_EXTENSIONS} and not (folder / "MNIST").exists() else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
-        if args.dataset != "auto":
+        if args.dataset != "auto" or name == "folder":
             raise UsageError(reason) from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
     if len(tensors) == 2:  # of each class every fifth is held out, and never the only one
-        images, labels = tensors
-        test = torch.zeros(len(images), dtype=torch.bool)
-        for label in labels.unique():
-            test[(labels == label).nonzero()[1::5]] = True
-        tensors = images[~test], labels[~test], images[test], labels[test]
+        held_out = [(tensors[1] == label).nonzero()[1::5, 0] for label in tensors[1].unique()]
+        test = torch.isin(torch.arange(len(tensors[1])), torch.cat(held_out))
+        tensors = [tensor[part] for part in (~test, test) for tensor in tensors]
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
 
@@ -551,8 +552,7 @@ def torchvision_set(name, folder):
     socket.setdefaulttimeout(5)  # a network that never answers is no network
     kind, tensors = getattr(datasets, PUBLIC[name]), []
     for part in ("train", "test"):
-        choice = {"split": part} if name == "svhn" else {"train": part == "train"}
-        found = kind(folder, download=True, **choice)
+        found = kind(folder, part if name == "svhn" else part == "train", download=True)
         images = torch.as_tensor(found.data).movedim(3 if name == "cifar10" else 1, 1)
         labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
         if len(images) != len(labels) or labels.max() > 9 or images[0].numel() not in (784, 3072):

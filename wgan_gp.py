@@ -86,7 +86,7 @@ def arguments():
     parser = run_arguments("WGAN-GP (Gulrajani et al. 2017).")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
-    add("--data-dir", default="data", help="of data sets; images: --dataset folder")
+    add("--data-dir", default="data", help="of data sets, or your own images")
     add("--image-size", type=int, choices=(28, 32, 64), default=32, help="of a folder")
     group = parser.add_argument_group("WGAN-GP", "None, but for --clip: what suits the data")
     add, rate, network = group.add_argument, at_least(0, float), ("auto", "resnet")
@@ -602,25 +602,26 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # --- shared: data ---
 def load_data(args, device):
-    """The set asked for; auto is MNIST or, where that can not be had, scikit-learn's digits."""
+    """The set asked for; auto: MNIST, images that lie in its place, or scikit-learn's digits."""
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
-    name, folder = "mnist" if args.dataset == "auto" else args.dataset, args.data_dir
+    name, folder = args.dataset, Path(args.data_dir)
+    if name == "auto":  # data sets keep their images deeper
+        near = {path.suffix.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))}
+        name = "folder" if near & {*IMG_EXTENSIONS} and not (folder / "MNIST").exists() else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
-        if args.dataset != "auto":
+        if args.dataset != "auto" or name == "folder":
             raise UsageError(reason) from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
     if len(tensors) == 2:  # of each class every fifth is held out, and never the only one
-        images, labels = tensors
-        test = torch.zeros(len(images), dtype=torch.bool)
-        for label in labels.unique():
-            test[(labels == label).nonzero()[1::5]] = True
-        tensors = images[~test], labels[~test], images[test], labels[test]
+        held_out = [(tensors[1] == label).nonzero()[1::5, 0] for label in tensors[1].unique()]
+        test = torch.isin(torch.arange(len(tensors[1])), torch.cat(held_out))
+        tensors = [tensor[part] for part in (~test, test) for tensor in tensors]
     return Data(name, classes, *(tensor.to(device) for tensor in tensors))
 
 
@@ -629,8 +630,7 @@ def torchvision_set(name, folder):
     socket.setdefaulttimeout(5)  # a network that never answers is no network
     kind, tensors = getattr(datasets, PUBLIC[name]), []
     for part in ("train", "test"):
-        choice = {"split": part} if name == "svhn" else {"train": part == "train"}
-        found = kind(folder, download=True, **choice)
+        found = kind(folder, part if name == "svhn" else part == "train", download=True)
         images = torch.as_tensor(found.data).movedim(3 if name == "cifar10" else 1, 1)
         labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
         if len(images) != len(labels) or labels.max() > 9 or images[0].numel() not in (784, 3072):

@@ -632,6 +632,24 @@ def test_auto_falls_back_to_digits_and_says_so(capsys):
     assert out.endswith("raining on scikit-learn's digits instead.\n")
 
 
+def test_auto_takes_images_at_the_top_or_below_it_where_mnist_is_not():
+    for folder in ("pictures", "flat", "sets/mine/pictures"):
+        write_images(folder, n=24)
+    for path in [*Path("flat").rglob("*.png")]:
+        path.rename(Path("flat", path.name))
+    args = infogan.arguments().parse_args(["--data-dir", "pictures"])
+    assert infogan.load_data(args, "cpu").classes == ["cat", "dog"] and args.dataset == "folder"
+    flat = load("--data-dir", "flat")
+    assert flat.name == "folder" and flat.classes == [""] and len(flat.train) == 19
+    assert load("--data-dir", "sets").name == "digits"  # as pix2pix.py's facades lie
+    Path("flat/broken.jpg").write_bytes(b"")
+    with pytest.raises(infogan.UsageError, match="broken"):
+        load("--data-dir", "flat")
+    write_mnist("flat")
+    assert load("--data-dir", "flat").name == "mnist"
+    assert load("--data-dir", "pictures", "--dataset", "digits").name == "digits"
+
+
 def test_digits_are_the_real_ones():
     data = load("--dataset", "digits")
     assert data.train.shape == (1435, 1, 28, 28) and data.test.shape == (362, 1, 28, 28)
