@@ -79,7 +79,7 @@ SAMPLES = 10_000  # for the closing measurements
 def arguments():
     """The choice of network, beside the flags that every script has."""
     parser = run_arguments("Conditional GAN (Mirza & Osindero 2014): images of a class by name.")
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: images or MNIST")
     parser.add_argument("--data-dir", default="data", help="of data sets, or your own images")
     parser.add_argument("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("conditional GAN").add_argument
@@ -486,15 +486,15 @@ def load_data(args, device):
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     name, folder = args.dataset, Path(args.data_dir)
     if name == "auto":  # data sets keep their images deeper
-        near = {path.suffix.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))}
-        name = "folder" if near & {*IMG_EXTENSIONS} and not (folder / "MNIST").exists() else "mnist"
+        near = {p.suffix.lower() for p in (*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*"))}
+        name = "folder" if near & {*IMG_EXTENSIONS} and not [*folder.glob("MNIST/*/*")] else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
         if args.dataset != "auto" or name == "folder":
-            raise UsageError(reason) from error
+            raise UsageError(f"{reason}; choose another --data-dir or --dataset") from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
@@ -561,7 +561,7 @@ def folder_set(args):
 
 PUBLIC = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10"}
 DATASETS = ("auto", *PUBLIC, "digits", "folder", *SETS)
-# uint8 images (n, channels, size, size) or points (n, 2), and int64 labels, on the device
+# uint8 images (n, channels, size, size) or points (n, d), and int64 labels, on the device
 Data = namedtuple("Data", "name classes train train_labels test test_labels")
 # --- end shared ---
 

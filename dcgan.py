@@ -84,7 +84,7 @@ PENALTIES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01)  # C of the SVM,
 def arguments():
     """The size of the networks and the label, beside the flags that every script has."""
     parser = run_arguments("DCGAN (Radford et al. 2015): convolutional networks that train stably.")
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto: images or MNIST")
     parser.add_argument("--data-dir", default="data", help="of data sets, or your own images")
     size = "of a folder: 28 is grey, others in colour"
     parser.add_argument("--image-size", type=multiple_of_four, default=32, metavar="N", help=size)
@@ -480,9 +480,9 @@ def nearest_error(points, truth, images, labels):
 
 
 def evenness(images, classifier):
-    """Of walks (rows, steps, ...): the largest step over the mean one, in a classifier's features.
+    """The largest step of walks (n, images, ...) over their mean one, in a classifier's features.
 
-    1 is a walk of equal steps; a leap from one memory to another has as many as there are steps.
+    A mean over the walks: equal steps have 1, and a single leap has as many as there are steps.
     """
     with torch.no_grad():
         walked = torch.stack([classifier(walk)[0] for walk in images])
@@ -650,15 +650,15 @@ def load_data(args, device):
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     name, folder = args.dataset, Path(args.data_dir)
     if name == "auto":  # data sets keep their images deeper
-        near = {path.suffix.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))}
-        name = "folder" if near & {*IMG_EXTENSIONS} and not (folder / "MNIST").exists() else "mnist"
+        near = {p.suffix.lower() for p in (*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*"))}
+        name = "folder" if near & {*IMG_EXTENSIONS} and not [*folder.glob("MNIST/*/*")] else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
         if args.dataset != "auto" or name == "folder":
-            raise UsageError(reason) from error
+            raise UsageError(f"{reason}; choose another --data-dir or --dataset") from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
@@ -725,7 +725,7 @@ def folder_set(args):
 
 PUBLIC = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10"}
 DATASETS = ("auto", *PUBLIC, "digits", "folder", *SETS)
-# uint8 images (n, channels, size, size) or points (n, 2), and int64 labels, on the device
+# uint8 images (n, channels, size, size) or points (n, d), and int64 labels, on the device
 Data = namedtuple("Data", "name classes train train_labels test test_labels")
 # --- end shared ---
 

@@ -2,14 +2,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.10", "torchvision", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
-"""One yardstick for the trained generators of all the image scripts.
+"""One yardstick for the trained generators of the scripts that draw images from noise.
 
     python evaluate.py runs/A/checkpoint.pt runs/B/checkpoint.pt --out scores
 
 writes scores.csv and scores.png (a row of samples of each) and prints the table. Results, with n:
-docs/evaluate.md. Every measure compares images with one half of the test set, in the features of a
-small classifier that is trained on the training images; the table states its test accuracy. The
-other half of the test set is scored like a generator: it is the ceiling, with as many images.
+docs/evaluate.md. Images are compared with one half of the test set (but for the score and shares of
+classes), in the features of a small classifier trained on the training images, whose test accuracy
+is stated. The other half is scored like a generator: it is the ceiling, with as many images.
 
 - frechet: the Fréchet distance of Gaussians fitted to the features (Heusel et al. 2017,
   https://arxiv.org/abs/1706.08500); 0 is best. It depends on the classifier and on the number of
@@ -18,8 +18,8 @@ other half of the test set is scored like a generator: it is the ceiling, with a
   2016, https://arxiv.org/abs/1606.03498); from 1 to the number of classes.
 - precision, recall: share of one set within the third-neighbour balls of the other (Kynkäänniemi et
   al. 2019, https://arxiv.org/abs/1904.06991).
-- density, coverage: how many fifth-neighbour balls of real images hold a sample, and the share that
-  hold one (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). Density may exceed 1.
+- density, coverage: a fifth of the number of fifth-neighbour balls of real images around a sample,
+  and the share of balls that hold one (Naeem et al. 2020, https://arxiv.org/abs/2002.09797).
 - the share of samples that the classifier puts in each class.
 """
 

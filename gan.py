@@ -23,7 +23,7 @@ Measured: V on held-out data, D without dropout; log p of the test set by a Parz
 samples (table 1), and on real images; how far samples and test images are from the nearest trained
 image (figure 2); on the line total variation and JS of p_g and p_data, in bins of 0.04. Departures:
 
-- The authors train on 50,000 images, choose sigma (of 10 values, here 30: 4 nats) on the rest, and
+- The authors train on 50,000 images, choose sigma (of 10 values; 30 here add 4 nats) on the rest,
   stop by hand. Here every seventh is held out (MNIST's even and odd images differ in stroke, so no
   even number would do), the one before it coming twice an epoch. Colour has MNIST's networks.
 - The rate goes down to 0 at the end of --epochs; theirs does not (--lr-fall 0).
@@ -66,7 +66,7 @@ def arguments():
     """The paper's settings as flags, beside those that every script has."""
     parser = run_arguments("Generative adversarial nets (Goodfellow et al. 2014).")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="auto", help="auto: MNIST or digits")
+    add("--dataset", choices=DATASETS, default="auto", help="auto: images or MNIST")
     add("--data-dir", default="data", help="of data sets, or your own images")
     add("--image-size", type=int, choices=(28, 32), default=32, help="of a folder")
     add = parser.add_argument_group("GAN", "None: what suits the data").add_argument
@@ -358,7 +358,7 @@ def save_picture(generator, path, seed=0, discriminator=None):
             d = discriminator(centres[:, None].to(next(discriminator.parameters()).device))
         axis.plot(centres, d.sigmoid().cpu(), "b--", lw=1, label="D")
         axis.set_title(f"update {Path(path).stem.lstrip('0')}")
-    z, x = torch.linspace(-math.sqrt(3), math.sqrt(3), 24), even_points(generator, 24)[:, 0].cpu()
+    z, x = (torch.arange(24) - 11.5) / 12 * math.sqrt(3), even_points(generator, 24)[:, 0].cpu()
     below.plot(torch.stack([z, x]), torch.tensor([0, 1]), color="grey", lw=0.6)
     below.set_yticks([0, 1], ["z", "x"])
     axis.set(xlim=(-4, 4), ylim=(0, 1.05))
@@ -370,7 +370,7 @@ def save_picture(generator, path, seed=0, discriminator=None):
 # ------------------------------------------------------------------ evaluation and figures
 @torch.no_grad()
 def evaluate(model, data):
-    """V, the mean of D on 1,000 test and as many generated samples, and how near p_g is to p_data:
+    """V, the mean of D on up to 1,000 test images and 1,000 samples, and how near p_g is to p_data:
     of images, log p of 500 held out by a Parzen window on those, far below that on 10,000."""
     G, D = model.generator, model.discriminator
     fake = sample(G, 1000, seed=1)
@@ -493,15 +493,15 @@ def load_data(args, device):
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     name, folder = args.dataset, Path(args.data_dir)
     if name == "auto":  # data sets keep their images deeper
-        near = {path.suffix.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))}
-        name = "folder" if near & {*IMG_EXTENSIONS} and not (folder / "MNIST").exists() else "mnist"
+        near = {p.suffix.lower() for p in (*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*"))}
+        name = "folder" if near & {*IMG_EXTENSIONS} and not [*folder.glob("MNIST/*/*")] else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
         if args.dataset != "auto" or name == "folder":
-            raise UsageError(reason) from error
+            raise UsageError(f"{reason}; choose another --data-dir or --dataset") from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
@@ -568,7 +568,7 @@ def folder_set(args):
 
 PUBLIC = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10"}
 DATASETS = ("auto", *PUBLIC, "digits", "folder", *SETS)
-# uint8 images (n, channels, size, size) or points (n, 2), and int64 labels, on the device
+# uint8 images (n, channels, size, size) or points (n, d), and int64 labels, on the device
 Data = namedtuple("Data", "name classes train train_labels test test_labels")
 # --- end shared ---
 

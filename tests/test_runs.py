@@ -641,12 +641,19 @@ def test_auto_takes_images_at_the_top_or_below_it_where_mnist_is_not():
     assert infogan.load_data(args, "cpu").classes == ["cat", "dog"] and args.dataset == "folder"
     flat = load("--data-dir", "flat")
     assert flat.name == "folder" and flat.classes == [""] and len(flat.train) == 19
+    Path("pictures/MNIST/raw").mkdir(parents=True)  # as a download that failed leaves it
+    assert load("--data-dir", "pictures").name == "folder"
     assert load("--data-dir", "sets").name == "digits"  # as pix2pix.py's facades lie
+    Path("flat/.cache").mkdir()
+    for path in [*Path("flat").glob("*.png")]:
+        path.rename(Path("flat/.cache", path.name))
+    assert load("--data-dir", "flat").name == "digits"
     Path("flat/broken.jpg").write_bytes(b"")
-    with pytest.raises(infogan.UsageError, match="broken"):
+    with pytest.raises(infogan.UsageError, match="--data-dir or --dataset"):
         load("--data-dir", "flat")
-    write_mnist("flat")
-    assert load("--data-dir", "flat").name == "mnist"
+    write_mnist("both")
+    write_images("both")
+    assert load("--data-dir", "both").name == "mnist"
     assert load("--data-dir", "pictures", "--dataset", "digits").name == "digits"
 
 
