@@ -111,8 +111,9 @@ def suit(args, data):
     """Gives the flags that were left out what suits the data."""
     if args.label or args.batch_statistics:
         raise UsageError("names for --label and --batch-statistics go with --generate CHECKPOINT")
-    if args.label is not None and len(data.classes) < 2:
-        raise UsageError("--label needs images of two or more classes, each in a sub-folder")
+    odd = len(data.classes) < 2 or {"", "train", "test", "val"} & {*data.classes}
+    if args.label is not None and odd:
+        raise UsageError(f"--label needs two or more classes, in sub-folders, not {data.classes}")
     many = len(data.train) > 9999
     args.epochs = args.epochs or ((25 if args.label is None else 36) if many else 50)
     args.batch_size = args.batch_size or min(128 if many else 32, len(data.train))
@@ -595,8 +596,7 @@ def save_curves(path, rows):
             left.legend()
     for name in ("loss_d", "loss_g"):
         right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-    left.set(xlabel="update", ylabel="error on test images")
-    left.set_ylim(bottom=0)
+    left.set(xlabel="update", ylabel="error on test images", ylim=(0, None))
     right.set(xlabel="update", ylabel="nats")
     right.legend()
     figure.savefig(path, dpi=120)
@@ -650,15 +650,16 @@ def load_data(args, device):
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # to go on elsewhere
     name, folder = args.dataset, Path(args.data_dir)
     if name == "auto":  # data sets keep their images deeper
-        near = {p.suffix.lower() for p in (*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*"))}
-        name = "folder" if near & {*IMG_EXTENSIONS} and not [*folder.glob("MNIST/*/*")] else "mnist"
+        near = [x for x in (folder, *folder.glob("[!.]*/")) if not (x / "metrics.csv").exists()]
+        images = [p for x in near for p in x.glob("[!.]*") if p.suffix.lower() in IMG_EXTENSIONS]
+        name = "folder" if len(images) > 1 and not [*folder.glob("MNIST/*/*-ubyte")] else "mnist"
     own = {"digits": digits_set, "folder": lambda: folder_set(args), **SETS}
     try:
         classes, *tensors = own[name]() if name in own else torchvision_set(name, folder)
     except Exception as error:  # torchvision and Pillow raise many kinds
         reason = f"{name} can not be read from --data-dir {folder}: {' '.join(str(error).split())}"
         if args.dataset != "auto" or name == "folder":
-            raise UsageError(f"{reason}; choose another --data-dir or --dataset") from error
+            raise UsageError(reason) from error
         print(f"{SCRIPT}: {reason}; training on scikit-learn's digits instead.")
         name, (classes, *tensors) = "digits", digits_set()
     args.dataset = name  # a run begun with "auto" goes on with the same set
@@ -696,10 +697,9 @@ def folder_set(args):
     folder, size, images, paths = Path(args.data_dir), args.image_size, [], []
     folders, seen = [folder], {Path(args.out).resolve()} if args.out else set()
     for parent in folders:  # which grows
-        if parent.resolve() in seen or (parent / "metrics.csv").exists():  # linked twice, or a run
-            continue
+        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # a link, a run
+        inside = [] if skip else sorted(p for p in parent.iterdir() if not p.name.startswith("."))
         seen.add(parent.resolve())
-        inside = sorted(path for path in parent.iterdir() if not path.name.startswith("."))
         folders += [path for path in inside if path.is_dir()]
         paths += [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()]
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
@@ -718,7 +718,7 @@ def folder_set(args):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("L" if size == 28 else "RGB"), (size, size))
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise UsageError(f"{path}: {error}") from error
+            raise UsageError(f"{path}: {error}; mend it or take it out") from error
         images.append(torch.tensor(np.asarray(image)).view(size, size, -1).permute(2, 0, 1))
     return classes.tolist(), torch.stack(images), torch.tensor(labels)
 

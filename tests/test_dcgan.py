@@ -431,6 +431,10 @@ def test_mistakes(capsys):
     assert "go with --generate" in refused_by(dcgan, capsys, *folder, "--label", "cat")
     assert "go with --generate" in refused_by(dcgan, capsys, *folder, "--batch-statistics")
     assert "no multiple of 4" in refused_by(dcgan, capsys, *folder, "--image-size", "50")
+    write_images("parts/train/all")
+    write_images("parts/test/all")
+    parts = ["--dataset", "folder", "--data-dir", "parts", "--out", "run"]
+    assert "not ['test', 'train']" in refused_by(dcgan, capsys, *parts, "--label")
     dcgan.main([*folder, "--width", "2", "--max-steps", "1"])
     asked = ["--generate", "run/checkpoint.pt", "--label", "cat"]
     assert "trained without --label" in refused_by(dcgan, capsys, *asked)

@@ -632,29 +632,36 @@ def test_auto_falls_back_to_digits_and_says_so(capsys):
     assert out.endswith("raining on scikit-learn's digits instead.\n")
 
 
-def test_auto_takes_images_at_the_top_or_below_it_where_mnist_is_not():
-    for folder in ("pictures", "flat", "sets/mine/pictures"):
-        write_images(folder, n=24)
-    for path in [*Path("flat").rglob("*.png")]:
-        path.rename(Path("flat", path.name))
+def write_flat(folder):
+    """Ten pictures, without classes."""
+    write_images(folder)
+    for path in [*Path(folder).rglob("*.png")]:
+        path.rename(Path(folder, path.name))
+
+
+def test_auto_takes_images_at_the_top_or_in_sub_folders():
+    write_images("pictures", n=24)
     args = infogan.arguments().parse_args(["--data-dir", "pictures"])
     assert infogan.load_data(args, "cpu").classes == ["cat", "dog"] and args.dataset == "folder"
-    flat = load("--data-dir", "flat")
-    assert flat.name == "folder" and flat.classes == [""] and len(flat.train) == 19
     Path("pictures/MNIST/raw").mkdir(parents=True)  # as a download that failed leaves it
     assert load("--data-dir", "pictures").name == "folder"
-    assert load("--data-dir", "sets").name == "digits"  # as pix2pix.py's facades lie
-    Path("flat/.cache").mkdir()
-    for path in [*Path("flat").glob("*.png")]:
-        path.rename(Path("flat/.cache", path.name))
-    assert load("--data-dir", "flat").name == "digits"
+    write_flat("flat")
+    assert load("--data-dir", "flat").classes == [""]
     Path("flat/broken.jpg").write_bytes(b"")
-    with pytest.raises(infogan.UsageError, match="--data-dir or --dataset"):
+    with pytest.raises(infogan.UsageError, match=r"broken.jpg: .*; mend it or take it out"):
         load("--data-dir", "flat")
+
+
+def test_auto_takes_no_images_beside_mnist_of_runs_hidden_deeper_or_single():
     write_mnist("both")
     write_images("both")
     assert load("--data-dir", "both").name == "mnist"
-    assert load("--data-dir", "pictures", "--dataset", "digits").name == "digits"
+    write_flat("data/run")
+    Path("data/run/metrics.csv").touch()
+    Path("data/run/0.png").rename("data/grid.png")
+    write_flat("data/.cache")
+    write_images("data/facades/train")
+    assert load().name == "digits"
 
 
 def test_digits_are_the_real_ones():
