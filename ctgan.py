@@ -1000,8 +1000,8 @@ def load_data(args, device):
             table = read_csv(path, ADULT_COLUMNS.split())
         except (OSError, RuntimeError) as error:
             reason = f"adult can not be read from --data-dir {args.data_dir}: {error}"
-            if args.dataset != "auto":
-                raise UsageError(reason) from error
+            if args.dataset != "auto" or Path(args.data_dir).is_file():
+                raise UsageError(f"{reason}; a table of your own is --data FILE") from error
             print(f"{SCRIPT}: {reason}; training on a simulated table instead.")
             name = "labelled"
     args.dataset = name  # a run begun with auto goes on with the same set

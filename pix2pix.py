@@ -844,7 +844,7 @@ def read_picture(path):
         image = image.convert("RGBA")  # what is transparent becomes white
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {error}; mend it or take it out") from error
     return torch.tensor(np.asarray(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 

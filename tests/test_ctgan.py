@@ -1824,6 +1824,9 @@ def test_default_is_a_table_whose_truth_is_known(capsys):
     assert not Path("data/adult/adult.data").exists()
     error = error_of(ctgan, capsys, "--dataset", "adult")
     assert "adult can not be read from --data-dir" in error
+    Path("table.csv").write_text("a,b\n1,2\n")
+    error = error_of(ctgan, capsys, "--data-dir", "table.csv")
+    assert "a table of your own is --data FILE" in error
 
 
 def test_network_that_never_answers_is_none(monkeypatch):
