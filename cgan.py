@@ -7,7 +7,7 @@ class, and draws images of the class that one asks for.
 
     python cgan.py --epochs 50                 # MNIST; scikit-learn's digits if it is out of reach
     python cgan.py --network mlp --epochs 480  # the paper's own network, to its schedule's end
-    python cgan.py --data-dir pictures    # its sub-folders are the classes
+    python cgan.py --data-dir pictures         # its sub-folders are the classes
     python cgan.py --generate runs/.../checkpoint.pt --label 3 7 --out digits.png
 
 Label fidelity 0.999 on digits (n = 1 run of 50 epochs, 5 minutes of one CPU core). Every run, and

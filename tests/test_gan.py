@@ -432,7 +432,7 @@ def test_flags_left_out_suit_the_data():
         return args.epochs, args.batch_size, args.lr, args.lr_fall
 
     assert suited(made_data(1000)) == (250, 100, 0.1, 0.2)
-    assert suited(made_data(10_000)) == (150, 100, 0.1, 0.2)
+    assert suited(made_data(10_000)) == (800, 100, 0.1, 0.2)
     assert suited(made_data(), "--alternate", "3") == (250, 20, 0.1, 0.2)
     given = ["--epochs", "3", "--batch-size", "7", "--lr", "0", "--lr-fall", "0"]
     assert suited(made_data(), *given) == (3, 7, 0, 0)
