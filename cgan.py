@@ -95,11 +95,13 @@ def suit(args, data):
     """Gives the flags that were left out what suits the network and the data."""
     if args.label:
         raise UsageError("--label goes with --generate CHECKPOINT")
-    if len(data.classes) < 2 or {"", "train", "test", "val"} & {*data.classes}:
+    if len(data.classes) < 2:
         raise UsageError(
-            f"a conditional GAN needs two or more classes, not {data.classes}: put the images of "
-            f"each in a sub-folder of --data-dir {args.data_dir} that has its name"
+            f"--data-dir {args.data_dir} has one class; a conditional GAN needs two or more: "
+            "put the images of each class in a sub-folder of its name"
         )
+    if data.name == "folder" and (odd := {"", "train", "test", "val"} & set(data.classes)):
+        raise UsageError(f"pictures in {sorted(odd)}: sub-folders of --data-dir are to be classes")
     if args.network == "conv":
         batch_size, lr_d, lr_g = 128 if len(data.train) >= 1000 else 32, 2e-4, 1e-3
     else:
@@ -533,7 +535,7 @@ def folder_set(args):
     folder, size, images, paths = Path(args.data_dir), args.image_size, [], []
     folders, seen = [folder], {Path(args.out).resolve()} if args.out else set()
     for parent in folders:  # which grows
-        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # a link, a run
+        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # linked twice; a run
         inside = [] if skip else sorted(p for p in parent.iterdir() if not p.name.startswith("."))
         seen.add(parent.resolve())
         folders += [path for path in inside if path.is_dir()]

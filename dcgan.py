@@ -697,7 +697,7 @@ def folder_set(args):
     folder, size, images, paths = Path(args.data_dir), args.image_size, [], []
     folders, seen = [folder], {Path(args.out).resolve()} if args.out else set()
     for parent in folders:  # which grows
-        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # a link, a run
+        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # linked twice; a run
         inside = [] if skip else sorted(p for p in parent.iterdir() if not p.name.startswith("."))
         seen.add(parent.resolve())
         folders += [path for path in inside if path.is_dir()]

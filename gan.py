@@ -298,9 +298,9 @@ def distances(p, q):
 
 @torch.no_grad()
 def even_points(generator, n=100_000):
-    """G at n evenly spaced z: their shares are those of p_g, without the chance of drawing."""
+    """n evenly spaced z, and G there: its shares are those of p_g without the chance of drawing."""
     z = ((torch.arange(n) + 0.5) / n * 2 - 1) * math.sqrt(3)
-    return generator(z[:, None].to(generator.layers[0].weight.device))
+    return z, generator(z[:, None].to(generator.layers[0].weight.device))
 
 
 # ------------------------------------------------------------------ sampling
@@ -352,14 +352,14 @@ def save_picture(generator, path, seed=0, discriminator=None):
     axis, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     centres, width = (EDGES[1:] + EDGES[:-1]) / 2, float(EDGES[1] - EDGES[0])
     axis.plot(centres, data_share()[1:-1] / width, ":", color="black", label="p_data")
-    axis.plot(centres, share(even_points(generator))[1:-1] / width, "g", lw=1, label="p_g")
+    axis.plot(centres, share(even_points(generator)[1])[1:-1] / width, "g", lw=1, label="p_g")
     if discriminator is not None:
         with torch.no_grad():
             d = discriminator(centres[:, None].to(next(discriminator.parameters()).device))
         axis.plot(centres, d.sigmoid().cpu(), "b--", lw=1, label="D")
         axis.set_title(f"update {Path(path).stem.lstrip('0')}")
-    z, x = (torch.arange(24) - 11.5) / 12 * math.sqrt(3), even_points(generator, 24)[:, 0].cpu()
-    below.plot(torch.stack([z, x]), torch.tensor([0, 1]), color="grey", lw=0.6)
+    z, x = even_points(generator, 24)
+    below.plot(torch.stack([z, x[:, 0].cpu()]), torch.tensor([0, 1]), color="grey", lw=0.6)
     below.set_yticks([0, 1], ["z", "x"])
     axis.set(xlim=(-4, 4), ylim=(0, 1.05))
     axis.legend(loc="upper right", fontsize=7)
@@ -378,7 +378,7 @@ def evaluate(model, data):
     row = {"value": value(real, generated), "d_real": real.sigmoid().mean()}
     row["d_fake"] = generated.sigmoid().mean()
     if G.noise == 1:
-        row |= distances(data_share(), share(even_points(G)))
+        row |= distances(data_share(), share(even_points(G)[1]))
     else:
         held_out, sigmas = some(data.train[6::7], 500), np.geomspace(0.1, 0.5, 15).tolist()
         nats = parzen(held_out.flatten(1), fake.flatten(1), sigmas).mean(dim=1)
@@ -540,7 +540,7 @@ def folder_set(args):
     folder, size, images, paths = Path(args.data_dir), args.image_size, [], []
     folders, seen = [folder], {Path(args.out).resolve()} if args.out else set()
     for parent in folders:  # which grows
-        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # a link, a run
+        skip = parent.resolve() in seen or (parent / "metrics.csv").exists()  # linked twice; a run
         inside = [] if skip else sorted(p for p in parent.iterdir() if not p.name.startswith("."))
         seen.add(parent.resolve())
         folders += [path for path in inside if path.is_dir()]
